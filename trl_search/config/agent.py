@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ from trl_search.common.bounds import check_least, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
-from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.key_docs import key, with_documented_keys
 from trl_search.config.lengths import check_lengths
 from trl_search.config.recipe_values import checked_values
 from trl_search.config.run_file import REMEDY, find_run_file
@@ -55,71 +55,45 @@ class AgentSettings:
         UserError: for a value that is out of range.
     """
 
-    protocol: str = field(
-        default="qwen_tools",
-        metadata={
-            "help": "How tool calls and observations are written. qwen_tools: the chat template's own tool calling; "
-            "qwen_inline: the observation is in the same assistant turn; search_r1: <search> and "
-            "<information> tags, for base models.",
-            "choices": protocol_names(),
-        },
+    protocol: str = key(
+        "qwen_tools",
+        "How tool calls and observations are written. qwen_tools: the chat template's own tool calling; qwen_inline: "
+        "the observation is in the same assistant turn; search_r1: <search> and <information> tags, for base models.",
+        choices=protocol_names(),
     )
-    environment: str = field(
-        default=SEARCH,
-        metadata={
-            "help": "The environment of the policy: search, the name of an installed environment, or an import path "
-            "such as my_package.world:World (docs/extending.md)."
-        },
+    environment: str = key(
+        SEARCH,
+        "The environment of the policy: search, the name of an installed environment, or an import path such as "
+        "my_package.world:World (docs/extending.md).",
     )
-    environment_options: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Options of the environment as JSON: '{\"max_calls\": 3}'. The search environment uses the keys "
-            "below instead."
-        },
+    environment_options: dict | str | None = key(
+        None,
+        "Options of the environment as JSON: '{\"max_calls\": 3}'. The search environment uses the keys below "
+        "instead.",
     )
-    instruction: str | None = field(
-        default=None,
-        metadata={"help": "Text before each question. Default: the environment's, else the protocol's. '': none."},
+    instruction: str | None = key(
+        None, "Text before each question. Default: the environment's, else the protocol's. '': none."
     )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "The system message. Default: that of the chat template, if any."}
+    system_prompt: str | None = key(None, "The system message. Default: that of the chat template, if any.")
+    chat_template_kwargs: dict | str | None = key(
+        None, "Extra arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
     )
-    chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Extra arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
+    max_searches: int = key(
+        4, "Searches per trajectory. Once they are used up, the policy is told so and may answer. 0: no tool."
     )
-    max_searches: int = field(
-        default=4,
-        metadata={
-            "help": "Searches per trajectory. Once they are used up, the policy is told so and may answer. 0: no tool."
-        },
+    passages_per_query: int = key(3, "Passages retrieved per query (top_k is TRL's sampling parameter).")
+    max_queries_per_search: int = key(4, "Queries per tool call; further ones are not run.")
+    max_turn_length: int = key(512, "Maximum tokens of one turn of the policy.")
+    max_observation_length: int = key(
+        768, "Maximum tokens of one observation; its passages are truncated one by one, all to the same length."
     )
-    passages_per_query: int = field(
-        default=3, metadata={"help": "Passages retrieved per query (top_k is TRL's sampling parameter)."}
+    max_completion_length: int = key(
+        3072, "Maximum tokens of a trajectory after its prompt: the policy's turns and the observations."
     )
-    max_queries_per_search: int = field(
-        default=4, metadata={"help": "Queries per tool call; further ones are not run."}
+    passage_template: str = key(
+        PASSAGE_TEMPLATE, "Format of a passage in an observation, with {rank}, {title} and {text}."
     )
-    max_turn_length: int = field(default=512, metadata={"help": "Maximum tokens of one turn of the policy."})
-    max_observation_length: int = field(
-        default=768,
-        metadata={
-            "help": "Maximum tokens of one observation; its passages are truncated one by one, all to the same length."
-        },
-    )
-    max_completion_length: int = field(
-        default=3072,
-        metadata={"help": "Maximum tokens of a trajectory after its prompt: the policy's turns and the observations."},
-    )
-    passage_template: str = field(
-        default=PASSAGE_TEMPLATE,
-        metadata={"help": "Format of a passage in an observation, with {rank}, {title} and {text}."},
-    )
-    search_timeout_s: float = field(
-        default=30.0,
-        metadata={"help": "Timeout of one retriever call in seconds, not counting time in the queue."},
-    )
+    search_timeout_s: float = key(30.0, "Timeout of one retriever call in seconds, not counting time in the queue.")
 
     def __post_init__(self) -> None:
         check_agent(self)
@@ -177,12 +151,12 @@ def add_agent_options(parser: Any) -> None:
     """
     hints = get_type_hints(AgentSettings)
     group = parser.add_argument_group("settings of the agent (default: those of its training, if the model has them)")
-    for key in dataclasses.fields(AgentSettings):
-        kind = hints[key.name] if hints[key.name] in (int, float) else str
-        text = key.metadata["help"] + (f" ({key.default})" if kind is not str or key.name == "protocol" else "")
-        as_json = dict in get_args(hints[key.name])
+    for field in dataclasses.fields(AgentSettings):
+        kind = hints[field.name] if hints[field.name] in (int, float) else str
+        text = field.metadata["help"] + (f" ({field.default})" if kind is not str or field.name == "protocol" else "")
+        as_json = dict in get_args(hints[field.name])
         metavar = {int: "N", float: "SECONDS"}.get(kind, "JSON" if as_json else "TEXT")
-        group.add_argument(f"--{key.name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
+        group.add_argument(f"--{field.name}", type=kind, metavar=metavar, help=text.replace("%", "%%"))
 
 
 # The shipped tiny policy takes bare questions, and was trained on conversations no longer than the quickstart's.

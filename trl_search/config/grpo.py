@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
 
@@ -10,7 +10,7 @@ from trl_search.common.bounds import check_least, check_positive, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
-from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.key_docs import key, with_documented_keys
 from trl_search.config.recipe_values import checked_values, convert_numbers
 from trl_search.config.run_file import absolute_folder
 from trl_search.config.trl_keys import check_trls_keys
@@ -39,174 +39,127 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "vllm_engine_options"]  # noqa: RUF012 (declared so by TRL)
 
-    vllm_importance_sampling_mode: str = field(
-        default="token_truncate",
-        metadata={
-            "help": "How the difference between vLLM's and the trainer's log-probs is corrected. TRL's default, "
-            "sequence_mask, silently drops long trajectories. geometric_mask drops trajectories whose "
-            "geometric mean ratio is outside of vllm_importance_sampling_clip_min and _max, which should "
-            "then be near 1 (0.999 and 1.001).",
-            "choices": list(IMPORTANCE_MODES),
-        },
+    vllm_importance_sampling_mode: str = key(
+        "token_truncate",
+        "How the difference between vLLM's and the trainer's log-probs is corrected. TRL's default, sequence_mask, "
+        "silently drops long trajectories. geometric_mask drops trajectories whose geometric mean ratio is outside "
+        "of vllm_importance_sampling_clip_min and _max, which should then be near 1 (0.999 and 1.001).",
+        choices=IMPORTANCE_MODES,
     )
-    vllm_importance_sampling_clip_max: float = field(
-        default=2.0, metadata={"help": "Upper bound of a token's importance ratio between the trainer and vLLM."}
+    vllm_importance_sampling_clip_max: float = key(
+        2.0, "Upper bound of a token's importance ratio between the trainer and vLLM."
     )
-    vllm_server_base_url: list[str] | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Address of one or several vLLM servers. Each trajectory stays with one server, all servers get "
-            "the weights, and if one is lost the others take over its trajectories."
-        },
+    vllm_server_base_url: list[str] | None = key(  # type: ignore[assignment]
+        None,
+        "Address of one or several vLLM servers. Each trajectory stays with one server, all servers get the weights, "
+        "and if one is lost the others take over its trajectories.",
     )
-    vllm_lora_sync: str = field(
-        default="merged",
-        metadata={
-            "help": "What is sent to vLLM when a LoRA adapter is trained. merged: all weights, with the adapter "
-            "merged. adapter: only the adapter, which vLLM applies during generation.",
-            "choices": ["merged", "adapter"],
-        },
+    vllm_lora_sync: str = key(
+        "merged",
+        "What is sent to vLLM when a LoRA adapter is trained. merged: all weights, with the adapter merged. adapter: "
+        "only the adapter, which vLLM applies during generation.",
+        choices=["merged", "adapter"],
     )
-    vllm_adapter_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "With vllm_lora_sync=adapter and a vLLM server: the folder for the adapter, which the server "
-            "must see under the same path. Default: output_dir/vllm-adapter. Not used with colocate."
-        },
+    vllm_adapter_dir: str | None = key(
+        None,
+        "With vllm_lora_sync=adapter and a vLLM server: the folder for the adapter, which the server must see under "
+        "the same path. Default: output_dir/vllm-adapter. Not used with colocate.",
     )
-    vllm_engine_options: dict | str | None = field(
-        default=None, metadata={"help": 'Extra arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'}
+    vllm_engine_options: dict | str | None = key(
+        None, 'Extra arguments of vllm.LLM for colocate, as JSON: \'{"dtype": "float32"}\'.'
     )
-    eos_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "The token that ends the assistant's turn, if it is not the tokenizer's: <|im_end|> for a base "
-            "model with a ChatML template. It is saved with the model."
-        },
+    eos_token: str | None = key(
+        None,
+        "The token that ends the assistant's turn, if it is not the tokenizer's: <|im_end|> for a base model with a "
+        "ChatML template. It is saved with the model.",
     )
-    skip_long_prompts: bool = field(
-        default=False,
-        metadata={
-            "help": "Leave out training questions whose prompt plus a full completion exceed the model's context. "
-            "Otherwise such questions are an error at the start."
-        },
+    skip_long_prompts: bool = key(
+        False,
+        "Leave out training questions whose prompt plus a full completion exceed the model's context. Otherwise such "
+        "questions are an error at the start.",
     )
-    llds_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of LLDS (arXiv:2512.04220; 0.1 in the paper): a penalty if the likelihood of an action "
-            "with an advantage of at least 0 falls below that at sampling time. It needs several optimizer "
-            "steps per batch, because with one the likelihood cannot have changed. 0: off."
-        },
+    llds_coef: float = key(
+        0.0,
+        "Weight of LLDS (arXiv:2512.04220; 0.1 in the paper): a penalty if the likelihood of an action with an "
+        "advantage of at least 0 falls below that at sampling time. It needs several optimizer steps per batch, "
+        "because with one the likelihood cannot have changed. 0: off.",
     )
-    turn_credit: str = field(
-        default="none",
-        metadata={
-            "help": "Per-turn credit, added to the advantage of a trajectory. information_gain: how much the turn's "
-            "observation raises the policy's probability of the golden answer (IGPO, arXiv:2510.14967); "
-            "retrieval: whether a golden answer occurs in it for the first time. Both need the column "
-            "golden_answers.",
-            "choices": list(TURN_CREDIT),
-        },
+    turn_credit: str = key(
+        "none",
+        "Per-turn credit, added to the advantage of a trajectory. information_gain: how much the turn's observation "
+        "raises the policy's probability of the golden answer (IGPO, arXiv:2510.14967); retrieval: whether a golden "
+        "answer occurs in it for the first time. Both need the column golden_answers.",
+        choices=TURN_CREDIT,
     )
-    turn_credit_coef: float = field(
-        default=0.5, metadata={"help": "Weight of turn_credit relative to the trajectory's advantage."}
+    turn_credit_coef: float = key(0.5, "Weight of turn_credit relative to the trajectory's advantage.")
+    search_floor_steps: int = key(
+        0,
+        "In the first N steps, a trajectory without a search gets at most 0 from each reward. This keeps the policy "
+        "searching when guessing pays at first, but also teaches it to search for what it knows. 0: off.",
     )
-    search_floor_steps: int = field(
-        default=0,
-        metadata={
-            "help": "In the first N steps, a trajectory without a search gets at most 0 from each reward. This keeps "
-            "the policy searching when guessing pays at first, but also teaches it to search for what it "
-            "knows. 0: off."
-        },
+    refill_groups: int = key(
+        0,
+        "Replace groups without a gradient (all rewards equal, or retrieval failed) by groups of other questions "
+        "before the loss, in at most this many rounds: DAPO's dynamic sampling (arXiv:2503.14476). 0: off.",
     )
-    refill_groups: int = field(
-        default=0,
-        metadata={
-            "help": "Replace groups without a gradient (all rewards equal, or retrieval failed) by groups of other "
-            "questions before the loss, in at most this many rounds: DAPO's dynamic sampling "
-            "(arXiv:2503.14476). 0: off."
-        },
+    curriculum: str = key(
+        "none",
+        "pass_rate: draw questions less often if all or none of the trajectories of their last groups were right. "
+        "Pass rates are saved with the checkpoints.",
+        choices=["none", "pass_rate"],
     )
-    curriculum: str = field(
-        default="none",
-        metadata={
-            "help": "pass_rate: draw questions less often if all or none of the trajectories of their last groups "
-            "were right. Pass rates are saved with the checkpoints.",
-            "choices": ["none", "pass_rate"],
-        },
+    carry_over: float = key(
+        1.0,
+        "Trajectories in flight, in batches. 1.5: a rollout starts half a batch more than it needs, ends when a "
+        "batch of complete groups is done, and carries the unfinished ones over to the next rollout (docs/grpo.md). "
+        "Useful if a few slow searches hold up the batch (rollout/bubble). 1: off.",
     )
-    carry_over: float = field(
-        default=1.0,
-        metadata={
-            "help": "Trajectories in flight, in batches. 1.5: a rollout starts half a batch more than it needs, ends "
-            "when a batch of complete groups is done, and carries the unfinished ones over to the next "
-            "rollout (docs/grpo.md). Useful if a few slow searches hold up the batch (rollout/bubble). 1: "
-            "off."
-        },
+    max_staleness: int = key(
+        0,
+        "With vllm_mode=server: generate while the trainer computes, and train on a group at most this many batches "
+        "after it started. 0: off.",
     )
-    max_staleness: int = field(
-        default=0,
-        metadata={
-            "help": "With vllm_mode=server: generate while the trainer computes, and train on a group at most this "
-            "many batches after it started. 0: off."
-        },
+    max_failed_share: float = key(
+        0.5,
+        "Trajectories whose retrieval or environment failed are masked from the loss and counted; if more than this "
+        "share of a batch fails, training stops with an error.",
     )
-    max_failed_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "Trajectories whose retrieval or environment failed are masked from the loss and counted; if "
-            "more than this share of a batch fails, training stops with an error."
-        },
+    mask_observations: bool = key(
+        True, "Keep retrieved tokens out of the loss. False is only for the ablation and learns less."
     )
-    mask_observations: bool = field(
-        default=True,
-        metadata={"help": "Keep retrieved tokens out of the loss. False is only for the ablation and learns less."},
+    packed_attention: str = key(
+        "auto",
+        "Attention kernel for log-probs over packed trajectories. auto: the first of varlen (PyTorch's own), "
+        "flash_attention_2 and flex_attention that works here, else padded (rows of similar length, with padding). "
+        "sdpa packs with a full attention mask: for tests.",
+        choices=PACKED_ATTENTION,
     )
-    packed_attention: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention kernel for log-probs over packed trajectories. auto: the first of varlen (PyTorch's "
-            "own), flash_attention_2 and flex_attention that works here, else padded (rows of similar "
-            "length, with padding). sdpa packs with a full attention mask: for tests.",
-            "choices": list(PACKED_ATTENTION),
-        },
+    max_packed_tokens: int = key(
+        16384,
+        "Tokens per pack. Packs bound the memory of a forward, so per_device_train_batch_size may be large. Without "
+        "gradient_checkpointing, activations of only one pack are kept, and the forward of every pack of a "
+        "micro-batch but the last runs twice. 0: as many as fit into the free memory of the GPU, estimated from the "
+        "model's shape at the first training forward (16384 on a CPU).",
     )
-    max_packed_tokens: int = field(
-        default=16384,
-        metadata={
-            "help": "Tokens per pack. Packs bound the memory of a forward, so per_device_train_batch_size may be "
-            "large. Without gradient_checkpointing, activations of only one pack are kept, and the forward "
-            "of every pack of a micro-batch but the last runs twice. 0: as many as fit into the free memory "
-            "of the GPU, estimated from the model's shape at the first training forward (16384 on a CPU)."
-        },
+    rollout_batch_size: int = key(
+        64, "Trajectories that the transformers policy generates at once per process; others wait."
     )
-    rollout_batch_size: int = field(
-        default=64,
-        metadata={"help": "Trajectories that the transformers policy generates at once per process; others wait."},
+    on_collapse: str = key(
+        "warn",
+        "What to do when an alarm (docs/monitoring.md) has lasted ten logs, or held-out EM has halved. warn: log a "
+        "warning. stop: end the training and keep the best checkpoint. rollback: continue from the best checkpoint "
+        "with half the learning rate, at most twice; needs evaluate_every.",
+        choices=["warn", "stop", "rollback"],
     )
-    on_collapse: str = field(
-        default="warn",
-        metadata={
-            "help": "What to do when an alarm (docs/monitoring.md) has lasted ten logs, or held-out EM has halved. "
-            "warn: log a warning. stop: end the training and keep the best checkpoint. rollback: continue "
-            "from the best checkpoint with half the learning rate, at most twice; needs evaluate_every.",
-            "choices": ["warn", "stop", "rollback"],
-        },
+    log_trajectories: int = key(
+        64,
+        "Trajectories per step that are saved in output_dir/trajectories with their loss mask: whole groups, at "
+        "least one. 0: none.",
     )
-    log_trajectories: int = field(
-        default=64,
-        metadata={
-            "help": "Trajectories per step that are saved in output_dir/trajectories with their loss mask: whole "
-            "groups, at least one. 0: none."
-        },
-    )
-    trajectory_table_steps: int = field(
-        default=10,
-        metadata={
-            "help": "Steps between tables of trajectories in W&B and trackio (report_to), starting at the first "
-            "step. 0: no tables."
-        },
+    trajectory_table_steps: int = key(
+        10,
+        "Steps between tables of trajectories in W&B and trackio (report_to), starting at the first step. 0: no "
+        "tables.",
     )
 
     def __post_init__(self) -> None:
@@ -221,10 +174,10 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         check_agent(self)
         check_trls_keys(self)
         check_carry_over(self)
-        for key in fields(self):
-            choices = key.metadata.get("choices") if key.name in ours else None
-            if choices and getattr(self, key.name) not in choices:
-                raise unknown_name(key.name, getattr(self, key.name), choices)
+        for one in fields(self):
+            choices = one.metadata.get("choices") if one.name in ours else None
+            if choices and getattr(self, one.name) not in choices:
+                raise unknown_name(one.name, getattr(self, one.name), choices)
         if self.vllm_server_base_url is not None:
             self.vllm_server_base_url = server_addresses(self.vllm_server_base_url)
         elif self.use_vllm and self.vllm_mode == "server":

@@ -1,14 +1,24 @@
-"""Adds the keys of a configuration to its docstring, from the help of each key."""
+"""The keys of a configuration: each declared with its help, which is also added to the docstring of its class."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import textwrap
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 Config = TypeVar("Config", bound=type)
 _WIDTH = 115
+
+
+def key(default: Any, text: str, *, choices: Sequence[str] = ()) -> Any:
+    """The field of a dataclass that is a key of recipes: its default, its help, and its values if only some are
+    allowed."""
+    metadata = {"help": text, **({"choices": list(choices)} if choices else {})}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def with_documented_keys(cls: Config) -> Config:

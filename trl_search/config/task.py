@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from trl_search.common.bounds import check_least, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
-from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.key_docs import key, with_documented_keys
 from trl_search.config.searched import WORLD, Searched, resolve_searched
 from trl_search.data import QuestionFields, load_evaluation_questions, load_questions
 from trl_search.data.world import Question, generate_world
@@ -25,38 +25,22 @@ from trl_search.rewards import resolve_rewards
 class QuestionArguments:
     """Questions and retriever: the keys that training and cold start share."""
 
-    questions: str = field(
-        default="world",
-        metadata={
-            "help": "Training questions: 'world' (of the embedded world), a name such as nq_hotpotqa, or a file."
-        },
+    questions: str = key(
+        "world", "Training questions: 'world' (of the embedded world), a name such as nq_hotpotqa, or a file."
     )
-    question_field: str | None = field(
-        default=None, metadata={"help": "Column of the question, in a file of an unknown schema."}
+    question_field: str | None = key(None, "Column of the question, in a file of an unknown schema.")
+    answers_field: str | None = key(None, "Column of the golden answers, in a file of an unknown schema.")
+    id_field: str | None = key(None, "Column of the id, in a file of an unknown schema.")
+    max_train_questions: int | None = key(None, "Train on a random sample of this many questions.")
+    world_passages: int = key(2000, "Number of passages in the embedded world, at least 50.")
+    world_seed: int = key(0, "Seed of the embedded world; another seed generates other facts.")
+    retriever: str = key(
+        "bm25",
+        "An index folder, a server's address (http://host:8000), a run's folder (its retriever is used), a kind of "
+        "retriever, or world.",
     )
-    answers_field: str | None = field(
-        default=None, metadata={"help": "Column of the golden answers, in a file of an unknown schema."}
-    )
-    id_field: str | None = field(default=None, metadata={"help": "Column of the id, in a file of an unknown schema."})
-    max_train_questions: int | None = field(
-        default=None, metadata={"help": "Train on a random sample of this many questions."}
-    )
-    world_passages: int = field(
-        default=2000, metadata={"help": "Number of passages in the embedded world, at least 50."}
-    )
-    world_seed: int = field(
-        default=0, metadata={"help": "Seed of the embedded world; another seed generates other facts."}
-    )
-    retriever: str = field(
-        default="bm25",
-        metadata={
-            "help": "An index folder, a server's address (http://host:8000), a run's folder (its retriever is used), "
-            "a kind of retriever, or world."
-        },
-    )
-    retriever_options: str = field(
-        default="{}",
-        metadata={"help": 'Options of the retriever as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'},
+    retriever_options: str = key(
+        "{}", 'Options of the retriever as JSON: \'{"index": "indexes/wiki"}\'. The world needs none.'
     )
 
 
@@ -69,46 +53,28 @@ BASELINES = {"direct": "direct answer, no search", "cot": "chain of thought, no 
 class TaskArguments(QuestionArguments):
     """Questions, retriever and evaluations."""
 
-    eval_questions: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluation questions: names or files, separated by commas or as a list. Default with the world: "
-            "its held-out split. Training questions that are also in these sets are not trained on."
-        },
+    eval_questions: list[str] | None = key(
+        None,
+        "Evaluation questions: names or files, separated by commas or as a list. Default with the world: its "
+        "held-out split. Training questions that are also in these sets are not trained on.",
     )
-    max_eval_questions: int | None = field(
-        default=200, metadata={"help": "Evaluate on a random sample of this many questions of each set."}
+    max_eval_questions: int | None = key(200, "Evaluate on a random sample of this many questions of each set.")
+    reward_funcs: list[str] = key(["em"], "Names of rewards; their weights are in reward_weights.")
+    warm_start_steps: int = key(
+        0,
+        "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded world. They "
+        "teach the format but only weak behaviour. 0: none.",
     )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["em"], metadata={"help": "Names of rewards; their weights are in reward_weights."}
+    warm_start_learning_rate: float = key(1e-3, "Learning rate of the warm start.")
+    baselines: list[str] = key(
+        [], "Baselines evaluated before training: direct (no search), cot, rag (one search). none: no baseline."
     )
-    warm_start_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Supervised steps before GRPO, on scripted trajectories of mixed quality in another embedded "
-            "world. They teach the format but only weak behaviour. 0: none."
-        },
-    )
-    warm_start_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the warm start."})
-    baselines: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Baselines evaluated before training: direct (no search), cot, rag (one search). none: "
-            "no baseline."
-        },
-    )
-    evaluate: bool = field(default=True, metadata={"help": "Evaluate held-out EM before and after training."})
-    evaluate_every: int = field(
-        default=0,
-        metadata={
-            "help": "Also evaluate every N steps, log eval/em, and keep the best checkpoint as output_dir/best. 0: "
-            "never."
-        },
+    evaluate: bool = key(True, "Evaluate held-out EM before and after training.")
+    evaluate_every: int = key(
+        0, "Also evaluate every N steps, log eval/em, and keep the best checkpoint as output_dir/best. 0: never."
     )
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Allow an output_dir that holds a finished run, and replace its results."}
-    )
+    overwrite: bool = key(False, "Allow an output_dir that holds a finished run, and replace its results.")
 
     def __post_init__(self) -> None:
         check_least(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
 from trl_search.common.errors import UserError
-from trl_search.config.key_docs import with_documented_keys
+from trl_search.config.key_docs import key, with_documented_keys
 from trl_search.config.recipe_values import convert_numbers
 from trl_search.config.run_file import absolute_folder
 from trl_search.config.trl_keys import check_sft_keys
@@ -49,27 +49,19 @@ class SearchSFTConfig(SFTConfig):
     """Configuration of [`train`]. It accepts all parameters of [`~trl.SFTConfig`], and adds or changes these."""
 
     # TRL cuts at 1,024 tokens, but a cut trajectory teaches no ending.
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longer trajectories are left out, not cut. Default: no limit."}
-    )
+    max_length: int | None = key(None, "Longer trajectories are left out, not cut. Default: no limit.")
     # Padding costs three times as much, because most trajectories are far shorter than the longest. Models that would
     # mix them (sliding windows, hybrid layers) are padded.
-    padding_free: bool = field(
-        default=True, metadata={"help": "Concatenate the trajectories of a batch instead of padding them."}
+    padding_free: bool = key(True, "Concatenate the trajectories of a batch instead of padding them.")
+    initialise_tags: bool = key(
+        False,
+        "Initialise the embeddings of tags such as <tool_call> with the mean of their text's, if the checkpoint's "
+        "were never trained. A run warns about such tags at its start.",
     )
-    initialise_tags: bool = field(
-        default=False,
-        metadata={
-            "help": "Initialise the embeddings of tags such as <tool_call> with the mean of their text's, if the "
-            "checkpoint's were never trained. A run warns about such tags at its start."
-        },
-    )
-    merge_adapter: bool = field(
-        default=True,
-        metadata={
-            "help": "With use_peft, save the model with the adapter merged into it, as a start for GRPO and vLLM. "
-            "false: save only the adapter."
-        },
+    merge_adapter: bool = key(
+        True,
+        "With use_peft, save the model with the adapter merged into it, as a start for GRPO and vLLM. false: save "
+        "only the adapter.",
     )
 
     def __post_init__(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl_search.common.bounds import check_least, check_not_negative, check_part, check_share
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
+from trl_search.config.key_docs import key
 from trl_search.config.task import QuestionArguments
 from trl_search.data.scripted_players import PLAYERS, WEAK
 from trl_search.environment.registry import SEARCH
@@ -18,68 +19,48 @@ from trl_search.environment.script import load_script
 class ColdStartArguments(AgentSettings, QuestionArguments):
     """The source of the attempts, and the rules for keeping them."""
 
-    max_failed_share: float = field(
-        default=0.5,
-        metadata={"help": "If more than this share of the attempts fails, collecting stops with an error."},
+    max_failed_share: float = key(
+        0.5, "If more than this share of the attempts fails, collecting stops with an error."
     )
-    rollout_batch_size: int = field(
-        default=64, metadata={"help": "Attempts generated at once; a vLLM server takes several hundred."}
-    )
+    rollout_batch_size: int = key(64, "Attempts generated at once; a vLLM server takes several hundred.")
 
-    teacher: str = field(
-        default="self",
-        metadata={
-            "help": "Source of the attempts. self: the model that is trained. Another model with the same tokenizer: "
-            "a name on the hub, a folder, or the address of a `vllm serve` (http://localhost:8000). scripts: "
-            "scripted players, for any questions and without a model; they search for what the question "
-            "names, then for what the passages mention, guided by gold passages if the rows name them, else "
-            "by trying queries."
-        },
+    teacher: str = key(
+        "self",
+        "Source of the attempts. self: the model that is trained. Another model with the same tokenizer: a name on "
+        "the hub, a folder, or the address of a `vllm serve` (http://localhost:8000). scripts: scripted players, for "
+        "any questions and without a model; they search for what the question names, then for what the passages "
+        "mention, guided by gold passages if the rows name them, else by trying queries.",
     )
-    script: str | None = field(
-        default=None,
-        metadata={
-            "help": "With teacher: scripts, the import path of your own script, used instead of the built-in "
-            "players: my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With "
-            "demonstrations, it plays the demonstrations."
-        },
+    script: str | None = key(
+        None,
+        "With teacher: scripts, the import path of your own script, used instead of the built-in players: "
+        "my_agent:open_page. It can call the tools of any environment (docs/own-agent.md). With demonstrations, it "
+        "plays the demonstrations.",
     )
-    quality: str = field(
-        default=",".join(f"{name}={share}" for name, share in WEAK.items()),
-        metadata={"help": f"With teacher: scripts and questions: world, the mix of the players {', '.join(PLAYERS)}."},
+    quality: str = key(
+        ",".join(f"{name}={share}" for name, share in WEAK.items()),
+        f"With teacher: scripts and questions: world, the mix of the players {', '.join(PLAYERS)}.",
     )
-    demonstrations: int = field(
-        default=0,
-        metadata={
-            "help": "With a model as teacher: number of answered example questions before each prompt, played by "
-            "scripted players. They are left out of the training data (context distillation)."
-        },
+    demonstrations: int = key(
+        0,
+        "With a model as teacher: number of answered example questions before each prompt, played by scripted "
+        "players. They are left out of the training data (context distillation).",
     )
-    samples_per_question: int = field(default=4, metadata={"help": "Attempts per question."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of the attempts."})
-    top_p: float = field(default=1.0, metadata={"help": "Top-p of the attempts; unlike in GRPO, it may be below 1."})
-    collection: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the attempts. Attempts are appended as they finish, and the next run reads them. "
-            "Default: output_dir/collection."
-        },
+    samples_per_question: int = key(4, "Attempts per question.")
+    temperature: float = key(1.0, "Temperature of the attempts.")
+    top_p: float = key(1.0, "Top-p of the attempts; unlike in GRPO, it may be below 1.")
+    collection: str | None = key(
+        None,
+        "Folder of the attempts. Attempts are appended as they finish, and the next run reads them. Default: "
+        "output_dir/collection.",
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Allow an output_dir that holds a finished model, and replace it."}
-    )
-    collect_only: bool = field(default=False, metadata={"help": "Only collect and select attempts; do not train."})
+    overwrite: bool = key(False, "Allow an output_dir that holds a finished model, and replace it.")
+    collect_only: bool = key(False, "Only collect and select attempts; do not train.")
 
-    min_f1: float | None = field(
-        default=None, metadata={"help": "Keep answers with at least this F1. Default: only exact matches."}
-    )
-    well_formed: bool = field(
-        default=True, metadata={"help": "Keep only attempts in which every call and the answer are well-formed."}
-    )
-    min_searches: int = field(
-        default=1, metadata={"help": "Keep only attempts with at least this many searches, or calls of another tool."}
-    )
-    keep_per_question: int = field(default=2, metadata={"help": "Keep at most this many attempts per question."})
+    min_f1: float | None = key(None, "Keep answers with at least this F1. Default: only exact matches.")
+    well_formed: bool = key(True, "Keep only attempts in which every call and the answer are well-formed.")
+    min_searches: int = key(1, "Keep only attempts with at least this many searches, or calls of another tool.")
+    keep_per_question: int = key(2, "Keep at most this many attempts per question.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
