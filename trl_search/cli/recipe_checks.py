@@ -59,12 +59,7 @@ def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
 
 
 def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Check]:
-    """Runs every check of a recipe.
-
-    Args:
-        values (`Mapping`): The value of every key, from `config.recipe.recipe_values`.
-        classes (`Sequence[type]`): The dataclasses that define the keys.
-    """
+    """Runs every check of a recipe."""
     devices, model = gpus(), check_model_is_there(values.get("model_name_or_path"))
     checks = [
         check_configuration(values, classes),

@@ -36,13 +36,8 @@ def recipe_title(name: str) -> str:
 
 
 def print_help(command: str, description: str, classes: Sequence[Any], *, all_keys: bool) -> None:
-    """Prints the help of `train` or `sft`.
-
-    Args:
-        description (`str`): The docstring of the command.
-        classes (`Sequence[type]`): The dataclasses of the command's keys; ours come first.
-        all_keys (`bool`): TRL's keys, too, as argparse lists them.
-    """
+    """Prints the help of `train` or `sft`; our `classes` of keys come first. `all_keys`: TRL's, too, as argparse lists
+    them."""
     if all_keys:
         usage = f"trl-search {command} RECIPE [--key value ...]"
         TrlParser(classes, prog=f"trl-search {command}", usage=usage).print_help()

@@ -15,13 +15,7 @@ BLOCK_BYTES = 1 << 24
 
 
 def read_blocks(file: SupportsRead[bytes], doing: str, total: int | None, *, done: int = 0) -> Iterator[bytes]:
-    """Yields the bytes of a file from its current position.
-
-    Args:
-        doing (`str`): Label of the progress bar: "hashing wiki.jsonl".
-        total (`int`, *optional*): Read at most this many bytes. By default all.
-        done (`int`, *optional*, defaults to `0`): How many of `total` were read before.
-    """
+    """Yields the bytes of a file from its current position, at most `total`, of which `done` were read before."""
     with tqdm(desc=doing, total=total, initial=done, unit="B", unit_scale=True, disable=None) as bar:
         while block := file.read(BLOCK_BYTES if total is None else min(BLOCK_BYTES, total - done)):
             yield block

@@ -15,9 +15,6 @@ def from_environment(variable: str) -> str | None:
 def bearer_token(token: str, source: str) -> str:
     """The token for `Authorization: Bearer ...`.
 
-    Args:
-        source (`str`): Where the token comes from, for the message: a variable, a file.
-
     Raises:
         UserError: if no header can hold the token. The error of an HTTP client would print it.
     """

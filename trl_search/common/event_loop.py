@@ -16,11 +16,7 @@ class LoopClosed(RuntimeError):
 
 
 class BackgroundLoop:
-    """An event loop on a thread, from the first coroutine to `close`. Any thread may submit coroutines.
-
-    Args:
-        name (`str`): Of the thread.
-    """
+    """An event loop on a thread, from the first coroutine to `close`. Any thread may submit coroutines."""
 
     def __init__(self, name: str) -> None:
         self._name, self._lock = name, threading.Lock()

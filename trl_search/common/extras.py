@@ -11,10 +11,6 @@ from trl_search.common.errors import UserError
 def import_extra(module: str, what: str, extra: str, instead: str = "") -> Any:
     """Imports a module that `pip install 'trl-search[extra]'` installs.
 
-    Args:
-        what (`str`): What needs it, for the message.
-        instead (`str`): The end of the message: another way.
-
     Raises:
         UserError: if it cannot be imported.
 

@@ -110,10 +110,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Args:
-        remedy (`str`): The end of the error message: what to do if the file holds no object.
+    """The JSON object in a file. `remedy` is the end of the error message.
 
     Raises:
         UserError: if the file is not JSON, was cut off, or does not hold an object.

@@ -49,10 +49,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict[str, Any] | None:
     """Commit, branch (`None` when detached) and whether there are uncommitted changes, in the working directory.
-
-    Returns:
-        `dict`; `None` without git, outside a repository or before its first commit.
-    """
+    `None` without git, outside a repository or before its first commit."""
     try:
         commit = _git("rev-parse", "HEAD")
         branch = _git("rev-parse", "--abbrev-ref", "HEAD")

@@ -30,13 +30,8 @@ from trl_search.common.errors import UserError, unknown_name
 
 @dataclass(frozen=True)
 class Registry:
-    """Maps names to objects, which are imported on first use.
-
-    Args:
-        noun (`str`): The word for messages: `"retriever"`.
-        group (`str`): The entry-point group of other packages.
-        built_in (`Mapping[str, str]`): Our own names, each with its `"module:attribute"`. Packages cannot replace
-            them.
+    """Maps names to objects, which are imported on first use. Packages add names through the entry-point group, but
+    cannot replace ours.
 
     Example:
         >>> Registry("retriever", "trl_search.retrievers", {"bm25": "trl_search.retrieval.bm25.retriever:load"})
@@ -88,9 +83,6 @@ class Registry:
 
 def import_object(noun: str, path: str) -> Any:
     """Imports the object of an import path, `my_package.module:attribute` or `my_package.module.attribute`.
-
-    Args:
-        noun (`str`): The word for messages.
 
     Raises:
         UserError: if it cannot be imported.

@@ -55,12 +55,8 @@ def table_name(path: Path) -> str:
 
 
 def read_rows(path: Path, choose: Choose | None = None) -> Iterator[Row]:
-    """Reads the rows of a file.
-
-    Args:
-        path (`Path`): The file; its name determines the format.
-        choose (`Callable`, *optional*):
-            Takes the columns of a file with a header, and its name; returns the columns to read, or raises.
+    """The rows of a file, whose name determines the format. `choose` takes the columns of a header and the file's
+    name; it returns the columns to read, or raises.
 
     Raises:
         UserError: for an unknown format, or for content that breaks the format; the message names the line.

@@ -144,11 +144,7 @@ def check_agent(settings: AgentSettings) -> None:
 
 
 def add_agent_options(parser: Any) -> None:
-    """Adds one option per key of the agent to a command. A key without its option keeps its value from training.
-
-    Args:
-        parser (`argparse.ArgumentParser` or a group of one): The parser of the command.
-    """
+    """Adds one option per key of the agent to a command. A key without its option keeps its value from training."""
     hints = get_type_hints(AgentSettings)
     group = parser.add_argument_group("settings of the agent (default: those of its training, if the model has them)")
     for field in dataclasses.fields(AgentSettings):
@@ -172,9 +168,6 @@ def protocol_of(
     instruction: str | None = None,
 ) -> Protocol:
     """The protocol that writes the agent's prompts and parses its turns.
-
-    Args:
-        tools (`Sequence[dict]`), instruction (`str`, *optional*): The environment's tools and instruction.
 
     Raises:
         UserError: if the shortest turn or observation does not fit into the agent's lengths.

@@ -15,9 +15,6 @@ _SHORTEST_ANSWER, _SHORTEST_SEARCH = Answer("a"), Search(("a",))
 def check_lengths(agent: Any, protocol: Protocol) -> None:
     """Checks that an answer, a search and an observation of one word, without a thought, fit into their lengths.
 
-    Args:
-        agent ([`AgentSettings`]): Has the lengths.
-
     Raises:
         UserError: for a length that is too small; the message names the key and its least value.
     """

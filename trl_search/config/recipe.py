@@ -23,10 +23,8 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """The file of a recipe: `recipes/quickstart.yaml` is a path, `quickstart` the name of a shipped recipe.
-
-    Args:
-        command (`str`, *optional*): The command that runs it, `train` or `sft`. A recipe for the other is an error.
+    """The file of a recipe: `recipes/quickstart.yaml` is a path, `quickstart` the name of a shipped recipe. A recipe
+    for another command is an error.
 
     Raises:
         UserError: if there is no such file or name; the message lists the names.
@@ -54,10 +52,6 @@ def recipe_values(argv: Sequence[str], arguments: Sequence[Any], *, command: str
     """The value of every key: from the command line, else from the recipe, else the default. Builds no dataclass.
 
     A dataclass may have a static method `settled(values) -> values`, which changes keys that others make irrelevant.
-
-    Args:
-        arguments (`Sequence[type]`): The dataclasses.
-        command (`str`): The command: `train` or `sft`.
 
     Raises:
         UserError: for an unknown key in the recipe or on the command line (the message names the nearest valid keys),

@@ -27,10 +27,6 @@ class _Mismatch(Exception):
 def checked_values(values: Mapping[str, Any], arguments: Sequence[type], source: str) -> dict[str, Any]:
     """Returns the values of a recipe, each converted to the type of its key.
 
-    Args:
-        arguments (`Sequence[type]`): The dataclasses that define the keys.
-        source (`str`): The name of the recipe, for the error message.
-
     Raises:
         UserError: for values of the wrong type; the message names all their keys and the types that they need.
 

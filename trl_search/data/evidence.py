@@ -30,9 +30,6 @@ _JUDGED, _LEAST_JUDGED, _FEW = 50, 5, 0.25
 def evidence_of(row: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     """The `gold_ids` and `gold_titles` of a row; both are empty if it names no gold passages.
 
-    Args:
-        where (`str`): The row's place in its source, for errors.
-
     Raises:
         UserError: if the evidence has an unknown shape.
 
@@ -53,9 +50,6 @@ def check_corpus(
     rows: Sequence[Mapping[str, Any]], search: Callable[[Sequence[str]], Sequence[Sequence[Passage]]]
 ) -> None:
     """Searches some questions and checks that gold passages are found. Warns if few are.
-
-    Args:
-        search (`Callable`): The passages of each query.
 
     Raises:
         UserError: if no gold passage is found for any question: the retriever searches a different corpus.

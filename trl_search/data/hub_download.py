@@ -74,13 +74,8 @@ class HubFiles:
 
 
 def list_files(repository: str, pattern: str, *, endpoint: str | None = None) -> HubFiles:
-    """Asks the hub which files of a dataset repository match a pattern, and how large they are.
-
-    Args:
-        repository (`str`): The dataset, `"PeterJinGo/wiki-18-e5-index"`.
-        pattern (`str`): A pattern for file names, such as `"part_*"`. The files are joined in the order of their
-            names.
-        endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
+    """Asks the hub which files of a dataset repository match a pattern, and how large they are. The files are joined
+    in the order of their names.
 
     Raises:
         UserError: if no file matches.
@@ -99,15 +94,10 @@ def list_files(repository: str, pattern: str, *, endpoint: str | None = None) ->
 
 
 def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None:
-    """Joins the files into `target`. After a kill, the same call resumes where it stopped.
+    """Joins the files into `target`, which appears when it is complete and its SHA-256 is right; an existing file is
+    not touched. After a kill, the same call resumes where it stopped.
 
     A part that is already complete in the folder of `target` is copied from there.
-
-    Args:
-        files (`HubFiles`): What to fetch, from `list_files`.
-        target (`Path`):
-            The file to make; it appears when it is complete and its SHA-256 is right. An existing file is not touched.
-        endpoint (`str`, *optional*): As for `list_files`.
 
     Raises:
         UserError: if another process is fetching it now.

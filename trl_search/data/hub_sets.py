@@ -67,10 +67,8 @@ def is_hub_set(name_or_path: str | Path) -> bool:
 
 
 def read_hub_set(name: str, split: str, choose: Callable[[Sequence[str], str], Sequence[str]]) -> Iterator[Row]:
-    """Reads a set's rows from the hub.
-
-    Args:
-        choose (`Callable`): Takes the columns and the name of the set; returns the columns to read, or raises.
+    """Reads a set's rows from the hub. `choose` takes their columns and the name of the set; it returns the columns to
+    read, or raises.
 
     Raises:
         UserError: if the hub, the set or its split cannot be reached.

@@ -16,10 +16,6 @@ def without_overlap(
 ) -> tuple[datasets.Dataset, dict[str, int]]:
     """Leaves out the questions that are also in an evaluation set.
 
-    Args:
-        questions (`datasets.Dataset`): The rows to train on, from `load_questions`.
-        evaluation (`datasets.Dataset`): The evaluation sets.
-
     Returns:
         `tuple`: the remaining rows, and the number of dropped rows per `data_source` of the evaluation sets (a row in
         two sets counts for both).

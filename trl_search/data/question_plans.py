@@ -64,12 +64,7 @@ class Step:
 def plan(
     question: str, golden: Sequence[str], gold: Gold, search: SearchFunction, *, max_searches: int, rng: random.Random
 ) -> list[Step] | None:
-    """Finds searches that lead to an answer; `None` if there are none.
-
-    Args:
-        search (`Callable`): The passages of each query, as many as the environment shows.
-        max_searches (`int`): The most steps of the plan.
-    """
+    """Finds searches that lead to an answer; `None` if there are none."""
     if not len(gold):
         return _plan_without_gold(question, golden, search, max_searches=max_searches, rng=rng)
     steps: list[Step] = []

@@ -181,12 +181,8 @@ def _words(question: str) -> list[str]:
 
 
 class QuestionPlayers:
-    """The players for a collection of demonstrations: `for_row` returns the policy that plays one row.
-
-    Args:
-        search (`Callable`): Searches while planning: the environment's retriever, with the same number of passages per
-            query.
-    """
+    """The players for a collection of demonstrations: `for_row` returns the policy that plays one row. `search` finds
+    as many passages per query as the environment shows."""
 
     def __init__(self, search: SearchFunction, protocol: Protocol, *, max_searches: int) -> None:
         self.search, self.protocol, self.max_searches = search, protocol, max_searches

@@ -61,12 +61,7 @@ def _find(option: str, named: str | None, known: Sequence[str], columns: Sequenc
 def question_row(
     row: Mapping[str, Any], index: int, where: str, source: str, fields: QuestionFields
 ) -> dict[str, Any]:
-    """Returns the row in the columns above.
-
-    Args:
-        index (`int`): The id for a row without one.
-        where (`str`): The row's place in its source, for errors: "questions.jsonl, line 3".
-        source (`str`): The `data_source` for a row without one.
+    """The row in the columns above; `index` and `source` replace a missing id and `data_source`.
 
     Raises:
         UserError: if the question or the answers are missing or have an unknown shape.

@@ -109,12 +109,8 @@ def scripted_trajectories(
     seed: int = 0,
     environment: Environment | None = None,
 ) -> list[Trajectory]:
-    """Plays `n` training questions of a world with players of mixed quality.
-
-    Args:
-        n (`int`): The number of trajectories; questions repeat if the world has fewer.
-        quality (`Mapping[str, float]`): The share of each of `PLAYERS`.
-        environment (`Environment`, *optional*): The environment, if not `SearchEnvironment(retriever)`.
+    """Plays `n` training questions of a world, repeated if it has fewer, with players of mixed `quality`: the share of
+    each of `PLAYERS`.
 
     Raises:
         UserError: for an unknown player, or a share that is not positive.
@@ -177,12 +173,8 @@ class ScriptedPolicy(Policy):
 def as_sampled(
     text: str, protocol: Protocol, prompt_ids: Sequence[int], *, ends: bool, stop: Sequence[str]
 ) -> Completion:
-    """Converts a written turn to the completion that a policy would have sampled.
-
-    Args:
-        ends (`bool`): Whether the turn ends the conversation, as an answer does and a call does not.
-        stop (`Sequence[str]`): The stop strings of the protocol.
-    """
+    """Converts a written turn to the completion that a policy would have sampled. `ends`: the turn ends the
+    conversation, as an answer does and a call does not."""
     if protocol.opened_thought(prompt_ids):
         text = text.removeprefix("<think>").lstrip()
     ids = protocol.encode(text)

@@ -77,11 +77,6 @@ class QuestionSummary:
 def summarize_questions(questions: datasets.Dataset, *, samples: int = 3, seed: int = 0) -> QuestionSummary:
     """Computes the statistics of a set of questions.
 
-    Args:
-        questions (`datasets.Dataset`): From `load_questions`.
-        samples (`int`, *optional*, defaults to `3`): Rows to show.
-        seed (`int`, *optional*, defaults to `0`): Seed for choosing them.
-
     Example:
         >>> print(summarize_questions(load_questions("bamboogle")).describe())
         rows                125

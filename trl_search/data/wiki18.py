@@ -114,14 +114,6 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
 
     Raises for an index of the wrong size. For the corpus, the hub knows only the size of the archive.
 
-    Args:
-        what (`Sequence[str]`): Any of `PIECES`: `"corpus"`, `"e5-flat"`, `"e5-hnsw"`.
-        folder (`str` or `Path`): The folder for the files. Complete and partial files in it are taken into account.
-        endpoint (`str`, *optional*): A mirror of the hub; by default `HF_ENDPOINT`, or the hub.
-
-    Returns:
-        `Wiki18Plan`: print `describe()`, call `check_disk`, then `fetch_wiki18`.
-
     Raises:
         UserError: for an unknown part, a folder that is a file, or a hub that does not answer.
 
@@ -158,14 +150,7 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
 
 def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[str, str]:
     """Fetches what is missing, unpacks the corpus, and checks everything in the plan. After a kill, call it again.
-
-    Args:
-        planned (`Wiki18Plan`): From `plan_wiki18`.
-        endpoint (`str`, *optional*): As for `plan_wiki18`.
-
-    Returns:
-        `dict[str, str]`: for each piece, a text that says what was checked.
-    """
+    Returns what was checked, for each piece."""
     of_hub = dict.fromkeys(planned.same_size, "size as on the hub")
     for word, files in planned.files.items():
         target = planned.target(word)
@@ -179,15 +164,8 @@ def fetch_wiki18(planned: Wiki18Plan, *, endpoint: str | None = None) -> dict[st
 
 
 def check_wiki18(what: Sequence[str], folder: Path, of_hub: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Checks the headers of the indexes in the folder, and that the corpus is the one that they were made from.
-
-    Args:
-        what (`Sequence[str]`): As for `plan_wiki18`. A corpus beside an index is checked with it.
-        of_hub (`Mapping[str, str]`, *optional*): The comparison with the hub, per piece.
-
-    Returns:
-        `dict[str, str]`: for each piece, a text that says what was checked.
-    """
+    """Checks the headers of the indexes in the folder, and that the corpus is the one that they were made from. A
+    corpus beside an index is checked with it. Returns what was checked, for each piece."""
     checked = {word: check_index(folder / PIECES[word].made, word) for word in what if word != "corpus"}
     if "corpus" in what or (checked and (folder / CORPUS).exists()):
         checked["corpus"] = check_corpus(folder / CORPUS)

@@ -58,10 +58,8 @@ def check_index(path: Path, word: str) -> str:
 
 
 def check_corpus(path: Path) -> str:
-    """Raises if the number of passages or the ids differ from the published corpus. Returns what was checked.
-
-    Args:
-        path (`Path`): The jsonl file. Its line offsets are stored beside it, because searches need them too.
+    """Raises if the number of passages or the ids differ from the published corpus. Returns what was checked. The line
+    offsets are stored beside the file, because searches need them too.
 
     Raises:
         UserError: if the file is missing or is not the published corpus.

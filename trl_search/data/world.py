@@ -124,9 +124,7 @@ class World:
 
     def questions(self, split: Split, limit: int | None = None) -> list[Question]:
         """Distinct questions about the entities of one split, in random order. A larger limit extends the same list.
-
-        Args:
-            limit (`int`, *optional*): The number of questions; by default one per entity of the split.
+        Without a limit, one per entity of the split.
 
         Raises:
             UserError: for an unknown split.

@@ -21,11 +21,8 @@ from trl_search.evaluation.outcomes import Outcome
 
 
 class Records:
-    """The outcomes of one mode on one set, by the index of the question in the set.
-
-    Args:
-        rank (`int`, *optional*): The rank of this process. Each process writes its own file and reads all files.
-    """
+    """The outcomes of one mode on one set, by the index of the question in the set. Each rank writes its own file and
+    reads all files."""
 
     def __init__(self, folder: Path, mode: str, name: str, rank: int = 0) -> None:
         self.folder, self.stem = folder, f"{mode}-{name}"

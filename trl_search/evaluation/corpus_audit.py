@@ -50,9 +50,6 @@ def asked_in(judged: JudgedQueries, folder: Path) -> tuple[JudgedQueries, list[O
 
     Questions whose search failed are left out.
 
-    Args:
-        folder (`Path`): The `--output` of `trl-search eval`, with the mode `search`.
-
     Raises:
         UserError: if the evaluation asked none of the questions.
     """

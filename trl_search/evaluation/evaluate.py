@@ -125,9 +125,6 @@ def check_room(
 ) -> None:
     """Checks that all questions leave room for an answer. The passages of `rag` are not known before the search.
 
-    Args:
-        positions (`int`, *optional*): Tokens of the longest conversation of the policy, if that is known.
-
     Raises:
         UserError: names the rows that leave too little room.
     """

@@ -115,9 +115,6 @@ class Evaluation:
 def evaluation_of(values: Mapping[str, Any], source: str) -> Evaluation:
     """The evaluation in a file.
 
-    Args:
-        source (`str`): The file, for the message.
-
     Raises:
         UserError: if the values are not an evaluation of this version.
     """

@@ -47,12 +47,7 @@ class JudgedQueries:
 def load_judged(
     name_or_path: str, *, split: str, limit: int | None, seed: int, fields: QuestionFields | None = None
 ) -> list[JudgedQueries]:
-    """Loads a BEIR folder, or the question sets of a name, a file or a folder.
-
-    Args:
-        split (`str`): The file in `qrels/` of a BEIR folder.
-        limit (`int`, *optional*): Size of a random sample of queries. By default all.
-    """
+    """Loads a BEIR folder, or the question sets of a name, a file or a folder."""
     folder = Path(name_or_path).expanduser()
     if (folder / "qrels").is_dir():
         return [_beir(folder, split, limit, seed)]
@@ -68,9 +63,6 @@ def load_judged(
 
 def measure(retriever: Retriever, judged: JudgedQueries, k: int) -> dict[str, float]:
     """Searches every query, and returns each measure by its name: `{"nDCG@10": 0.68, "R@10": 0.81, "RR@10": 0.65}`.
-
-    Args:
-        k (`int`): Passages per query.
 
     Raises:
         UserError: if `ir-measures`, which computes nDCG, recall and MRR, is not installed.

@@ -56,11 +56,6 @@ def load_sets(
     A source with several values of `data_source` (such as `nq_hotpotqa`) gives one set per value, because an average
     over all questions would weight the sets by their size.
 
-    Args:
-        limit (`int`, *optional*): Size of a random sample of questions per set, in their order. By default all.
-        seed (`int`): Seed of that sample.
-        fields (`QuestionFields`, *optional*): The columns of a file with an unknown schema.
-
     Raises:
         UserError: for an unknown name.
     """

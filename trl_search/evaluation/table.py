@@ -17,12 +17,7 @@ Results = Mapping[str, Mapping[str, Evaluation]]
 
 
 def results_markdown(settings: Mapping[str, Any], results: Results, *, size: str | None) -> str:
-    """The content of `results.md`.
-
-    Args:
-        settings (`Mapping`): The content of `settings.json`.
-        size (`str`, *optional*): Published rows to show: `3B`, `7B`, `all`; none by default.
-    """
+    """The content of `results.md`. `size`: the published rows to show (`3B`, `7B`, `all`)."""
     names = ordered(settings["sets"])
     return "\n".join(
         [

@@ -194,10 +194,6 @@ def refuse_second_adapter(model: torch.nn.Module) -> None:
 def refuse_tied(model: Any, remedy: str) -> None:
     """Refuses to merge an adapter of embeddings that are also the output layer: it would change both, but is in one.
 
-    Args:
-        model: The wrapped model.
-        remedy (`str`): What else to do.
-
     Raises:
         UserError: if the adapter is one of tied embeddings.
     """

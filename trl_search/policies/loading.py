@@ -85,11 +85,7 @@ def load_tokenizer(
 
 
 def load_base(name: str, model_config: ModelConfig, config: Any) -> PreTrainedModel:
-    """Loads the model to train, or another one with the same options: a teacher, a warm start.
-
-    Args:
-        config ([`~trl.GRPOConfig`] or [`~trl.SFTConfig`]): Provides `model_init_kwargs` and `trust_remote_code`.
-    """
+    """Loads the model to train, or another one with the same options: a teacher, a warm start."""
     options: dict[str, Any] = {"dtype": model_config.dtype or "float32"}
     if isinstance(config.model_init_kwargs, dict):
         options |= config.model_init_kwargs
@@ -182,10 +178,7 @@ def read_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def check_vocabulary(model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that a tokenizer fits a model.
-
-    Args:
-        model (`PreTrainedModel` or `str`): The model, or its name, of which only the configuration is read.
+    """Checks that a tokenizer fits a model. Of a name, only the configuration is read.
 
     Raises:
         UserError: if the tokenizer has ids without an embedding in the model. Special tokens may have none, because

@@ -23,11 +23,6 @@ BUSY_SHARE = 0.25
 class MeteredPolicy(Policy):
     """Passes every request on to `policy`, and counts the requests in flight.
 
-    Args:
-        policy (`Policy`): The policy that generates.
-        slots (`int`): Requests that can be in flight at once.
-        clock (`Callable`, *optional*): Returns seconds; only differences are used.
-
     Attributes:
         bubble (`float`): The share of the time from `open` to `close` with fewer than a quarter of the slots busy.
     """

@@ -15,14 +15,8 @@ from transformers import PreTrainedModel
 
 
 def changed_weight(base: PreTrainedModel) -> str | None:
-    """The name of a weight whose first row differs from that in the files of the model's name.
-
-    Args:
-        base (`PreTrainedModel`): The model inside a PEFT wrapper, with or without adapter layers.
-
-    Returns:
-        `str`, *optional*: `None` also if there are no such files on this machine.
-    """
+    """The name of a weight whose first row differs from that in the files of the model's name. `None` also if there
+    are no such files on this machine."""
     weights = {
         name.replace(".base_layer", "").replace(".original_module", ""): w for name, w in base.named_parameters()
     }

@@ -31,10 +31,7 @@ class RelayPolicy(Policy):
         self._proved = False
 
     async def attach(self, policy: Policy, version: int) -> None:
-        """Opens `policy` and passes requests on to it.
-
-        Args:
-            version (`int`): The optimizer step of the policy's weights.
+        """Opens `policy`, whose weights are of the optimizer step `version`, and passes requests on to it.
 
         Raises:
             UserError: if the policy cannot be interrupted. The first one is tested before it has any requests.

@@ -15,9 +15,6 @@ PROBE = '<|im_start|>assistant\n<think> Wer schrieb „Die Mühle“? 東京 3.1
 def server_ids(url: str, model: str | None = None) -> list[int]:
     """The ids that a server gives the probe.
 
-    Args:
-        model (`str`, *optional*): The name of a model that the server serves.
-
     Raises:
         httpx.HTTPError, KeyError, ValueError: if it gives none, for example without a tokenizer.
     """
@@ -29,10 +26,6 @@ def server_ids(url: str, model: str | None = None) -> list[int]:
 
 def refuse_other_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase, name: str, served: str | None = None) -> None:
     """Refuses a server of another model. One that does not answer, or has no tokenizer, is left to the policy.
-
-    Args:
-        name (`str`): The model whose tokenizer is used here.
-        served (`str`, *optional*): The name under which the server serves it.
 
     Raises:
         UserError: if the server's ids of a text mean another text here.

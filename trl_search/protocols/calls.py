@@ -35,9 +35,6 @@ _UNTAGGED = re.compile(
 def read_call(content: str, tools: Collection[str] = ("search",)) -> Action:
     """The action of a call, or `Invalid` with the reason.
 
-    Args:
-        tools (`Collection[str]`): The names of the tools.
-
     Example:
         >>> read_call('{"name": "search", "arguments": {"query_list": ["a", "b"]}}')
         Search(queries=('a', 'b'))
@@ -86,11 +83,8 @@ def search_for(queries: Any) -> Action:
 
 
 def with_types(call: ToolCall, schema: Any) -> ToolCall:
-    """Converts a call's arguments to the types in the tool's schema, because some families write only bare text.
-
-    Args:
-        schema (`Mapping`, *optional*): The JSON schema of the tool's parameters. Text that cannot be converted stays
-            unchanged, and the environment handles it.
+    """Converts a call's arguments to the types in the tool's schema, because some families write only bare text. Text
+    that cannot be converted stays unchanged, and the environment handles it.
 
     Example:
         >>> with_types(ToolCall("add", {"a": "1"}), {"properties": {"a": {"type": "number"}}})

@@ -17,10 +17,6 @@ from trl_search.common.errors import UserError
 def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any]]) -> None:
     """Renders a question, first without and then with its system message, if there is one.
 
-    Args:
-        render (`Callable`): [`Protocol.render_messages`].
-        messages (`Sequence[dict]`): A system message, if any, and a question.
-
     Raises:
         UserError: if the template fails or changes their text.
     """
@@ -51,9 +47,6 @@ def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any
 
 def check_options(options: Iterable[str], template: str) -> None:
     """Checks that the template reads every option: Jinja ignores the others without a word.
-
-    Args:
-        options (`Iterable[str]`): The keys of `chat_template_kwargs`.
 
     Raises:
         UserError: for an option that does not occur in the template.

@@ -10,11 +10,7 @@ from trl_search.protocols.base import Protocol
 
 
 def too_long_prompts(prompts: Sequence[Any], protocol: Protocol, room: int) -> dict[int, int]:
-    """The lengths in tokens of the prompts that are longer than `room`, by row.
-
-    Args:
-        prompts (`Sequence[list[dict]]`): Conversations.
-    """
+    """The lengths in tokens of the prompts that are longer than `room`, by row."""
     frame = len(protocol.prompt_ids(protocol.messages("")))
     found: dict[int, int] = {}
     for row, prompt in enumerate(prompts):

@@ -73,9 +73,6 @@ class ToolTemplate:
 def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:
     """Renders a call and its reply, and finds the format that parses the call back.
 
-    Args:
-        render (`Callable`): Renders messages with the chat template and the tools.
-
     Raises:
         TemplateProblem: if the template shows no tools, fails, or writes calls that no known format parses back.
     """

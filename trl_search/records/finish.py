@@ -25,10 +25,6 @@ REPORT = "report.html"
 def finish_run(folder: Path, args: TrainingArguments) -> None:
     """
     Writes `curves.png`, `report.html` and `README.md` of a finished training, and sends its results to the trackers.
-
-    Args:
-        folder (`Path`): The folder of the run, with its weights, tokenizer and `results.json`.
-        args ([`~transformers.TrainingArguments`]): The configuration of the run.
     """
     draw_curves(folder, folder / CURVES)
     run, report = read_run(folder), None

@@ -14,12 +14,7 @@ from typing import Any
 
 
 class TokenTexts:
-    """
-    Maps token ids to texts. It caches the text of each id, because decoding ids one by one is slow.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer.
-    """
+    """Maps token ids to texts. It caches the text of each id, because decoding ids one by one is slow."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

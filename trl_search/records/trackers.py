@@ -72,13 +72,7 @@ class TrackerTables(TrainerCallback):
 
 
 def log_results(args: TrainingArguments, run: Run, report: Path | None) -> None:
-    """
-    Sends the evaluations and the report of a finished training to the trackers of `report_to`.
-
-    Args:
-        run (`Run`): Its evaluations are sent as a table `results` and as `results/em_before`, `results/em_after`, ...
-        report (`Path`, *optional*): The HTML page of the run.
-    """
+    """Sends the evaluations and the report of a finished training to the trackers of `report_to`."""
     if "trackio" in (args.report_to or []):
         _resume_trackio(args)
     columns = ("em", "f1", "searches", "questions")

@@ -61,13 +61,7 @@ class Replaced:
 
 
 class TrajectoryLog:
-    """
-    Writes the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
-
-    Args:
-        args (`SearchGRPOConfig`): The configuration of the run.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of the policy.
-        accelerator ([`~accelerate.Accelerator`]): The accelerator of the trainer. Rank 0 writes.
+    """Writes the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
 
     Attributes:
         step (`int`): The last step that was written.

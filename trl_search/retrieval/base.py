@@ -57,9 +57,6 @@ def is_address(url: str) -> bool:
 def add_part(content: bytearray, part: bytes, name: str) -> None:
     """Adds a part of an answer to its body.
 
-    Args:
-        name (`str`): The server, for the message.
-
     Raises:
         AnswerTooLong: above `MAX_ANSWER_BYTES`.
     """

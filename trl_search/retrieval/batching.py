@@ -49,12 +49,7 @@ class SearchStats:
 
 class SearchBatcher:
     """Batches searches across the coroutines of one event loop. Create it inside the loop and `aclose` it at the end.
-
-    Args:
-        retriever (`Retriever`): Called on a thread, or awaited if it has `search_async(queries, k)`.
-        timeout_s (`float`): Time limit of one retriever call.
-        max_batch (`int`): Most queries per call.
-        on_threads (`DaemonCalls`, *optional*): Counts calls that hang. Share it between the batchers of one retriever.
+    Batchers of one retriever share `on_threads`, which counts calls that hang.
 
     Raises:
         UserError: if a limit is out of range.

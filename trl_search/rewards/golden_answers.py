@@ -57,9 +57,6 @@ def _answers(value: Any) -> list[str]:
 def read_text(value: Any, name: str) -> str | None:
     """Returns a string or a number as text, and `None` for a missing value (`None`, NaN).
 
-    Args:
-        name (`str`): What the value is, for the error message: "the question".
-
     Raises:
         UserError: for a value of another type; the message names the type.
     """

@@ -23,11 +23,6 @@ _NOT_PASSED = {"prompt", "completion"}
 def check_calls(rewards: Iterable[Any], columns: Iterable[str], dataset: str) -> None:
     """Checks that every reward accepts TRL's arguments and the columns of a dataset.
 
-    Args:
-        rewards (`Iterable`): Functions, wrapped by [`checked`]; names of reward models are skipped.
-        columns (`Iterable[str]`): The columns of the dataset.
-        dataset (`str`): The name of the dataset, for the message.
-
     Raises:
         UserError: names the reward and the parameter, or the column.
     """

@@ -178,10 +178,6 @@ def sampling_of(args: SearchGRPOConfig, name: str) -> Sampling:
 def check_unchanged(args: SearchGRPOConfig, at_the_start: AgentSettings, temperature: float, environment: Any) -> None:
     """Checks that no key was changed that is read only when the trainer is built. Lengths may change.
 
-    Args:
-        at_the_start ([`AgentSettings`]): Those with which environment and protocol were built.
-        temperature (`float`): That of the log-probs in the loss.
-
     Raises:
         UserError: names the key.
     """

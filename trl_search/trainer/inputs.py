@@ -87,11 +87,8 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
 
 
 def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: Any = None) -> PreTrainedTokenizerBase:
-    """The given tokenizer, or the one in the model's folder or repository, at the same revision.
-
-    Args:
-        given (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Only the tokenizer of a processor is used,
-            because rollouts are text only.
+    """The given tokenizer, or the one in the model's folder or repository, at the same revision. Of a processor, only
+    the tokenizer is used, because rollouts are text only.
 
     Raises:
         UserError: if an argument is not a model or not a tokenizer, or if there is no tokenizer to load.

@@ -87,11 +87,7 @@ class Run:
 def run_training(
     arguments: TaskArguments, config: SearchGRPOConfig, model_config: ModelConfig
 ) -> dict[str, Evaluation]:
-    """Runs a recipe.
-
-    Returns:
-        `dict[str, Evaluation]`: By row of the table of results. Several sets are averaged with equal weights.
-    """
+    """Runs a recipe. Returns the rows of the table of results; several sets are averaged with equal weights."""
     run = load(arguments, config, model_config)
     if arguments.warm_start_steps and run.checkpoint is None:
         measure_untrained(run)
@@ -292,11 +288,7 @@ def report(run: Run, trainer: SearchGRPOTrainer, held_out: HeldOut | None) -> No
 
 
 def results_table(measured: Mapping[str, Evaluation], calls: str) -> str:
-    """The before/after table, in Markdown that is aligned for a terminal.
-
-    Args:
-        calls (`str`): The word for calls of the environment's tools.
-    """
+    """The before/after table, in Markdown that is aligned for a terminal."""
     table = Table(box=box.MARKDOWN)
     table.add_column("policy")
     for name in ("EM", "± 95 %", "F1", f"{calls} per question", "reflective-phrase ratio"):

@@ -49,11 +49,7 @@ class PreparesDatasets(Trainer):
             self._keep(name, getattr(self, name))
 
     def prepare_if_new(self, name: str) -> bool:
-        """Prepares a dataset as the constructor does, if it was set afterwards.
-
-        Returns:
-            `bool`: Whether it was.
-        """
+        """Prepares a dataset as the constructor does, if it was set afterwards. Returns whether it was."""
         dataset = getattr(self, name)
         if dataset is self._prepared[name]:
             return False

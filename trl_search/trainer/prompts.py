@@ -138,11 +138,9 @@ def with_room(
     dataset: Any, name: str, protocol: Protocol, model: PreTrainedModel, args: SearchGRPOConfig, *, skip: bool = False
 ) -> Any:
     """Checks that all prompts of a dataset, or of a dict of datasets, leave room for a completion, and returns it.
+    `skip`: rows that do not fit are left out.
 
     A streamed dataset is not read ahead: `longest_context` checks its prompts in each batch.
-
-    Args:
-        skip (`bool`): Whether to leave out rows that do not fit.
 
     Raises:
         UserError: if some prompts leave too little room; the message names their rows.

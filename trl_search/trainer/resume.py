@@ -111,10 +111,6 @@ def measured_before(folder: Path) -> dict[str, Evaluation]:
 def warmed_up_model(warm_folder: Path, name: str, checkpoint: str, *, needed: bool) -> str:
     """The model that a resumed run starts from: the warmed-up one if it still exists, else `name`.
 
-    Args:
-        needed (`bool`): Whether the run needs the warmed-up model. A checkpoint of full fine-tuning has all weights;
-            that of an adapter lacks its base model, and no checkpoint has the reference model.
-
     Raises:
         UserError: if it is needed and missing.
     """

@@ -194,10 +194,8 @@ def warm_start(
 
 
 def sft_dataset(trajectories: Sequence[Trajectory], *, max_tokens: int | None = None) -> Dataset:
-    """Trajectories in SFTTrainer's format: `input_ids`, and `assistant_masks`, 1 for the policy's tokens.
-
-    Args:
-        max_tokens (`int`, *optional*): Longer trajectories are left out, not cut: a cut one teaches no ending.
+    """Trajectories in SFTTrainer's format: `input_ids`, and `assistant_masks`, 1 for the policy's tokens. Trajectories
+    longer than `max_tokens` are left out, not cut: a cut one teaches no ending.
 
     Raises:
         UserError: if no trajectory can be trained on.

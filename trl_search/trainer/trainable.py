@@ -27,9 +27,6 @@ _SAMPLE = 1 << 16  # weights per tensor that are looked at
 def check_can_learn(trainer: Any) -> None:
     """Refuses a training that cannot change the weights, and warns if most updates would be rounded away.
 
-    Args:
-        trainer ([`SearchGRPOTrainer`]): A complete trainer.
-
     Raises:
         UserError: if no weight is trainable, or no reward has a weight.
     """

@@ -21,13 +21,7 @@ from trl_search.records.run_log import RunLog
 
 
 class CheckpointCards(TrainerCallback):
-    """
-    The callback that writes `README.md` into every checkpoint.
-
-    Args:
-        tools (`Sequence[dict]`): The tools of the agent's environment.
-        run_log (`RunLog`): The record of how the run was started.
-    """
+    """The callback that writes `README.md` into every checkpoint."""
 
     def __init__(
         self, agent: AgentSettings, protocol: Protocol, tools: Sequence[Mapping[str, Any]], run_log: RunLog

@@ -30,12 +30,8 @@ class Result:
 
 
 def training_results(folder: Path, task: Mapping[str, Any], published: Path) -> list[Result]:
-    """The results of `trl-search train`: before and after training, and of the best checkpoint.
-
-    Args:
-        folder (`Path`): The folder of the run.
-        task (`Mapping`): `task` in the run's `run.json`.
-        published (`Path`): The folder of the published model, a run or a checkpoint: determines which line is final.
+    """The results of `trl-search train`: before and after training, and of the best checkpoint. `published`, a run or
+    a checkpoint, determines which line is final.
 
     Raises:
         UserError: if the folder holds results that are not of a training.
@@ -83,12 +79,8 @@ def evaluation_results(folder: Path) -> list[Result]:
 
 
 def refuse_another_model(evaluation: Path, published: Path, repo_id: str) -> None:
-    """Checks that an evaluation is of the model that is published: its numbers become those of the card.
-
-    Args:
-        evaluation (`Path`): The folder of the evaluation. One that does not record its model is accepted.
-        published (`Path`): The folder of the published model.
-        repo_id (`str`): Its name on the hub, under which it may have been evaluated.
+    """Checks that an evaluation is of the model that is published: its numbers become those of the card. An evaluation
+    that does not record its model is accepted.
 
     Raises:
         UserError: if it is of another model.

@@ -85,11 +85,8 @@ def plan_upload(folder: Path, texts: Mapping[str, str], *, with_trajectories: bo
 
 
 def publish(upload: Upload, repo_id: str, *, api: HfApi, public: bool = False) -> str:
-    """Creates the repository if needed, and makes one commit. Returns the address of the commit.
-
-    Args:
-        public (`bool`): Whether the repository may be public. If not, a new one is private and a public one is an
-            error.
+    """Creates the repository if needed, and makes one commit. Returns the address of the commit. Unless `public`, a
+    new repository is private and a public one is an error.
 
     Raises:
         UserError: if the hub does not answer or rejects the upload, or the repository is public and must not be.

@@ -74,12 +74,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """
-    The charts of one run, or of several runs to compare. Charts without data are left out.
-
-    Args:
-        runs (`Sequence[Run]`): The runs, from `read_run`.
-        names (`Sequence[str]`): Their names, from `run_names`.
+    """The charts of one run, or of several runs to compare. Charts without data are left out.
 
     Example:
         >>> [chart.title for chart in charts_of([read_run("runs/quickstart")], ["quickstart"])]

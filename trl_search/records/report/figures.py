@@ -36,12 +36,7 @@ LEGEND_ROW = 12.5  # points
 
 
 def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """
-    Draws the charts of one run, or of several runs to compare.
-
-    Args:
-        runs (`Sequence[Run]`): The runs, from `read_run`.
-        folder (`Path`): The target folder, which is created if needed. Pictures with the same names are overwritten.
+    """Draws the charts of one run, or of several runs to compare.
 
     Returns:
         `list[Path]`: `overview.png`, one PNG per chart, and `reflection_and_em.png` if the policy ever reflected.

@@ -50,14 +50,8 @@ _ASCII_WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Analyzer:
-    """Splits text into terms: NFKC, lower case, words or pairs of letters, minus stop words, stemmed.
-
-    Args:
-        stemmer (`str`, *optional*): A Snowball algorithm ("english", "german", ...); `None` does not stem.
-        stopwords (`str`, *optional*): A language whose stop words (those of bm25s) are dropped; `None` keeps every
-            word.
-        fold_accents (`bool`): Drops accents, so that "Zurich" finds "Zürich" and vice versa.
-    """
+    """Splits text into terms: NFKC, lower case, words or pairs of letters, minus stop words, stemmed. The options are
+    those of [`BM25Builder`]."""
 
     stemmer: str | None = "english"
     stopwords: str | None = "english"

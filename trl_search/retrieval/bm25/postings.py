@@ -45,11 +45,8 @@ class Postings:
             self.best([[0]], 1)  # compiles now if the cache is empty, so that no rollout waits for it
 
     def best(self, queries: Sequence[Sequence[int]], k: int) -> list[list[tuple[int, float]]]:
-        """The best `k` rows of each query with their scores; equal scores in the order of the rows.
-
-        Args:
-            queries (`Sequence[Sequence[int]]`): The terms of each query. A repeated term counts again.
-        """
+        """The best `k` rows of each query with their scores; equal scores in the order of the rows. A repeated term
+        counts again."""
         ends_Q = np.cumsum([len(terms) for terms in queries], dtype=np.int64)
         terms = np.fromiter(chain.from_iterable(queries), dtype=np.int64, count=ends_Q[-1] if queries else 0)
         shape = (len(queries), min(k, len(self._totals)))

@@ -88,11 +88,6 @@ def write_terms(corpus: Corpus, analyzer: Analyzer, folder: Path) -> None:
 class TantivyEngine:
     """Ranks rows by a folder that `write_terms` made, memory-mapped. Searches of one batch run on several threads.
 
-    Args:
-        folder (`Path`): A folder that `write_terms` made.
-        passages (`int`): The number of passages in it.
-        threads (`int`, *optional*): Queries of a batch that are searched in parallel; by default one per CPU.
-
     Raises:
         UserError: if the folder holds a different number of passages, or `threads` is below 1.
     """

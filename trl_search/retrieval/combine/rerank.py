@@ -46,13 +46,7 @@ class Scorer(Protocol):
 
 
 class RerankRetriever(Retriever):
-    """Reorders what another retriever finds.
-
-    Args:
-        retriever (`Retriever`): Finds the candidates.
-        scorer (`Scorer`): A `CrossEncoderScorer` or an `HttpScorer`.
-        depth (`int`): Candidates per query, or k if that is larger.
-    """
+    """Reorders what another retriever finds."""
 
     def __init__(self, retriever: Retriever, scorer: Scorer, *, depth: int = DEPTH) -> None:
         check_at_least(1, depth=depth)

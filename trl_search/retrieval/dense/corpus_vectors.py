@@ -120,15 +120,6 @@ def encode_corpus(
 
     A repeated call encodes only the missing shards. With several workers, each calls it, and all return together.
 
-    Args:
-        passages (`Passages`): Titles are encoded with their texts, as `'"Title"\\ntext'`.
-        encoder (`Encoder`): Its passage prompt is put before each passage.
-        folder (`Path`): Created if it does not exist.
-        dtype (`str`): Of the vectors: `"float32"` or `"float16"`.
-        batch_size (`int`): Passages per forward pass of the encoder.
-        shard_rows (`int`): Passages per shard.
-        workers (`Workers`): This process, among the processes that share the work.
-
     Raises:
         UserError: if the processes use different encoders or options.
     """

@@ -211,14 +211,8 @@ def load_encoder(
 
 
 def load_recorded(recorded: dict[str, Any], given: str | Path | Encoder | None, where: str, **options: Any) -> Encoder:
-    """Loads the encoder whose fingerprint an index recorded.
-
-    Args:
-        recorded (`dict`): The fingerprint.
-        given (`str | Path | Encoder`, *optional*): The current path of the encoder, or the encoder itself; by default
-            its recorded name.
-        where (`str`): The index, for messages.
-        options: `device`, `dtype` and `trust_remote_code` of [`load_encoder`].
+    """Loads the encoder whose fingerprint the index `where` recorded, from its name or, if its files have moved, from
+    `given`.
 
     Raises:
         UserError: if it is a different encoder, which would find the wrong passages.

@@ -58,12 +58,7 @@ def _replaceable(folder: Path) -> bool:
 
 
 class BuildFolder:
-    """The folder at `path`, locked for this process while the context is open.
-
-    Args:
-        output (`Path`): The finished folder: an absolute path without links.
-        announce (`Callable[[str], None]`): Receives messages about what is resumed and what is discarded.
-    """
+    """The folder at `path`, locked for this process while the context is open."""
 
     def __init__(self, output: Path, announce: Callable[[str], None]) -> None:
         self.path = build_path(output)
@@ -85,11 +80,8 @@ class BuildFolder:
         return self
 
     def take_up(self, inputs: dict[str, Any] | None) -> None:
-        """Resumes a build with the same inputs, and removes the remains of any other build.
-
-        Args:
-            inputs (`dict`, *optional*): The inputs as JSON. `None` if they are unknown; such a build is never resumed.
-        """
+        """Resumes a build with the same inputs, and removes the remains of any other build. A build whose inputs are
+        unknown (`None`) is never resumed."""
         self._inputs = inputs
         found = self._read_state()
         if found is not None and inputs is not None and found.get("inputs") == inputs:

@@ -63,11 +63,6 @@ class Endpoint:
 class Endpoints:
     """Balances requests over servers. Safe under threads and several event loops.
 
-    Args:
-        urls (`Sequence[str]`): `"http://localhost:8000"` or `"http://localhost:8000/retrieve"`.
-        clock (`Callable`): A monotonic clock, in seconds.
-        jitter (`Callable`): A random number from 0 to 1, so that many clients do not retry at the same moment.
-
     Raises:
         UserError: for no servers, or a repeated server.
     """
@@ -116,14 +111,7 @@ class Endpoints:
             endpoint.failures_in_row, endpoint.aside_until = 0, 0.0
 
     def failed(self, endpoint: Endpoint, seconds: float, *, wait_s: float | None = None, aside: bool = True) -> None:
-        """The server did not answer, or gave an invalid answer.
-
-        Args:
-            endpoint (`Endpoint`): From `take`.
-            seconds (`float`): Time until it failed.
-            wait_s (`float`, *optional*): The wait that the server requested; capped at `MAX_ASIDE_S`.
-            aside (`bool`): False if the request itself is to blame.
-        """
+        """The server did not answer, or gave an invalid answer. `aside`: False if the request itself is to blame."""
         with self._lock:
             self._ended(endpoint, seconds)
             endpoint.stats.failures += 1

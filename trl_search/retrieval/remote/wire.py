@@ -35,13 +35,8 @@ _LONE_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 class WireError(ValueError):
-    """A request or a response does not follow the protocol.
-
-    Args:
-        status (`int`): The HTTP status to answer with.
-        message (`str`): What is wrong and what is expected.
-        field (`str`, *optional*): The field at fault: `"topk"`, `"queries[3]"`; `None` if it is the body itself.
-    """
+    """A request or a response does not follow the protocol. `status` is the HTTP status to answer with, `field` the
+    field at fault ("topk", "queries[3]") or, for the body itself, `None`."""
 
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
         super().__init__(f"{field}: {message}" if field else message)

@@ -78,17 +78,9 @@ def serve_on_ray(
     port: int,
     loaded: Callable[[str], None],
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, and answers the requests under way before it ends.
-
-    Args:
-        kind (`str`): The retriever that every replica loads with `options`, as for `load_retriever`.
-        options (`dict`): Must mean the same on every machine: addresses, or folders on a shared disk.
-        config (`ServerConfig`): Limits, queue, cache and token of each replica.
-        settings (`RayConfig`): How many replicas, and where.
-        host (`str`): Where the proxies listen, on every machine that has a replica.
-        port (`int`): 0 takes a free one.
-        loaded (`Callable[[str], None]`): Called with the address once requests are answered.
-    """
+    """Serves until SIGTERM or Ctrl-C, and answers the requests under way before it ends. The options must mean the
+    same on every machine: addresses, or folders on a shared disk. `loaded` is called with the address once requests
+    are answered."""
     stop = threading.Event()
     with gateways(kind, options, config, settings, host=host, port=port) as url:
         # Set after Ray has started, because Ray sets handlers that end the process at once.

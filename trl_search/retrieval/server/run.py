@@ -28,14 +28,8 @@ from trl_search.retrieval.threads import on_daemon_thread
 def serve(
     load: Callable[[], Retriever], config: ServerConfig, listening: socket.socket, loaded: Callable[[str], None]
 ) -> None:
-    """Serves until a signal stops it.
-
-    Args:
-        load (`Callable[[], Retriever]`): Loads the retriever, on a thread; its exception ends the server.
-        config (`ServerConfig`): Limits, queue, cache, token.
-        listening (`socket.socket`): From `listen`.
-        loaded (`Callable[[str], None]`): Called with the address when the server starts to answer requests.
-    """
+    """Serves until a signal stops it. The retriever is loaded on a thread, and an exception in `load` ends the server;
+    `loaded` is called with the address when it starts to answer."""
     need_packages()
     import uvicorn
 

@@ -35,11 +35,7 @@ class Refused(Exception):
 
 
 class SearchService:
-    """Answers requests. `open` it with a retriever in the event loop, `aclose` it at the end.
-
-    Args:
-        config (`ServerConfig`): Queue, batches and cache.
-    """
+    """Answers requests. `open` it with a retriever in the event loop, `aclose` it at the end."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.cache = ResultCache(config.cache_bytes)

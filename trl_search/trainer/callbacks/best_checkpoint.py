@@ -35,11 +35,7 @@ RECORD = "held_out_result.json"
 
 
 class BestCheckpoint(TrainerCallback):
-    """
-    Saves a checkpoint whenever a held-out evaluation is the best so far. Add it after [`EvaluateEvery`].
-
-    Args:
-        held_out ([`HeldOut`]): The evaluation that provides the results.
+    """Saves a checkpoint whenever a held-out evaluation is the best so far. Add it after [`EvaluateEvery`].
 
     Raises:
         UserError: if the trainer has another criterion for the best checkpoint.

@@ -168,13 +168,7 @@ def measure(
     step: int = 0,
     folder: Path,
 ) -> HeldOutResult:
-    """Evaluates on this rank's share of the questions. All ranks must call it together; each gets the overall result.
-
-    Args:
-        mode (`str`): `search`, or a baseline: `direct`, `cot` or `rag`.
-        policy (`AbstractContextManager`): Provides the policy during the evaluation.
-        folder (`Path`): The run folder, in which the main process writes every answer.
-    """
+    """Evaluates on this rank's share of the questions. All ranks must call it together; each gets the overall result."""
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
         outcomes = answer_questions(

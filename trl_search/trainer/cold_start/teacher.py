@@ -40,13 +40,7 @@ _CHECKED_PASSAGES = 10  # per query, in which gold passages are looked for
 
 
 class Teacher:
-    """Plays the attempts of a collection.
-
-    Args:
-        arguments, config, model_config: The keys of the recipe.
-        protocol ([`Protocol`]), environment ([`Environment`]): Those of the attempts.
-        task ([`Task`]): The questions and the retriever.
-    """
+    """Plays the attempts of a collection."""
 
     def __init__(
         self,

@@ -27,11 +27,6 @@ def whole_weights(
 
     Gathering is a collective operation, so every rank must iterate to the end, even if it sends nothing.
 
-    Args:
-        model: The policy, with or without PEFT, sharded or not.
-        backend ([`~trl.distributed.DistributedBackend`]): How it is sharded.
-        device: The device for gathered tensors; parameters may be offloaded to the CPU.
-
     Yields:
         The name and the tensor, which is valid until the next iteration.
     """

@@ -132,9 +132,6 @@ class SearchVLLM(VLLMGeneration):
     def policy(self, context_length: int) -> contextlib.AbstractContextManager[Policy]:
         """The policy for a rollout; its engine is awake within the context.
 
-        Args:
-            context_length (`int`): Tokens of the longest prompt plus a full completion.
-
         Raises:
             UserError: if the engine's context is shorter, or no server has the policy's weights.
         """

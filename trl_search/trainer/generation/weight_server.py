@@ -26,14 +26,7 @@ LOST = (requests.RequestException, ConnectionError)
 
 @dataclass(frozen=True)
 class WeightServer:
-    """A server that joins an NCCL group with rank 0.
-
-    Args:
-        url (`str`): Its address.
-        client (`ServerClient`): TRL's client.
-        started_at (`float`, *optional*): The start time of its process.
-        info (`dict[str, Any]`): Its answer to `/server_info`.
-    """
+    """A server that joins an NCCL group with rank 0."""
 
     url: str
     client: Any

@@ -152,12 +152,7 @@ class CarriesOver(Trainer):
 
 
 def carry_over_metrics(taken: Sequence[PooledGroup], pool: TrajectoryPool, step: int) -> dict[str, float]:
-    """The metrics of a batch on this rank.
-
-    Args:
-        taken (`Sequence[PooledGroup]`): The groups of the batch, taken in rollout `pool.rollout - 1`.
-        step (`int`): The optimizer step of the current weights.
-    """
+    """The metrics of a batch on this rank."""
     ages = [
         min(step - version, OLDEST_AGE)
         for group in taken

@@ -39,11 +39,8 @@ class Group:
 def score_group(
     trainer: Any, rows: Sequence[Mapping[str, Any]], trajectories: Sequence[Trajectory], trained: Sequence[bool]
 ) -> Group:
-    """Calls the reward functions of a [`SearchGRPOTrainer`] on one group of this rank, without other ranks.
-
-    Args:
-        trained (`Sequence[bool]`): Whether any token of each trajectory is in the loss.
-    """
+    """Calls the reward functions of a [`SearchGRPOTrainer`] on one group of this rank, without other ranks. `trained`:
+    whether any token of each trajectory is in the loss."""
     columns: dict[str, list[Any]] = defaultdict(list)
     metrics: dict[str, list[float]] = defaultdict(list)
     with (
@@ -78,10 +75,6 @@ def adjust_rewards(rewards_RF: torch.Tensor, exceptions_R2: torch.Tensor, traine
 
 def has_gradient(rewards_GF: torch.Tensor, weights_F: torch.Tensor, aggregation: str, trained: Sequence[bool]) -> bool:
     """Whether any trajectory in the loss has a non-zero advantage, computed as TRL does.
-
-    Args:
-        aggregation (`str`): TRL's `multi_objective_aggregation`.
-        trained (`Sequence[bool]`): Whether any token of each trajectory is in the loss.
 
     Example:
         >>> has_gradient(torch.tensor([[1.0], [0.0]]), torch.ones(1), "sum_then_normalize", [True, True])

@@ -85,11 +85,8 @@ class PassRates:
         return 1.0 if visit is None else visit.weight
 
     def learn(self, groups: Iterable[tuple[Mapping[str, Any], Sequence[Trajectory]]]) -> dict[str, float]:
-        """Updates the pass rates with the finished groups of all ranks. Every rank must call it.
-
-        Returns:
-            `dict[str, float]`: Metrics to log.
-        """
+        """Updates the pass rates with the finished groups of all ranks. Every rank must call it. Returns metrics to
+        log."""
         mine = [(question_text(row), *_counted(row, trajectories)) for row, trajectories in groups]
         for question, solved, tried in gather_object(mine):
             if tried:

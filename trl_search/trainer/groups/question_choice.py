@@ -40,14 +40,7 @@ from trl_search.types import Trajectory
 
 
 class QuestionChoice:
-    """
-    Chooses the questions of each generation batch.
-
-    Args:
-        args ([`SearchGRPOConfig`]): `refill_groups` and `curriculum` are read.
-        dataset ([`~datasets.Dataset`]): The questions, with their prompts.
-        protocol ([`Protocol`]): Encodes the prompts of spare questions.
-        accelerator ([`~accelerate.Accelerator`]): Provides the rank.
+    """Chooses the questions of each generation batch.
 
     Attributes:
         pass_rates ([`PassRates`], *optional*): The pass rates of the questions. None: all are drawn equally often.

@@ -40,15 +40,8 @@ _VARLEN_OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 def choose_attention(
     requested: str, model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """Chooses the kernel for packs of this model on this device.
-
-    Args:
-        requested (`str`): One of `PACKED_ATTENTION`.
-        model ([`~transformers.PreTrainedModel`]): The causal language model, without wrappers.
-        device, dtype: The device, and the type in which attention computes (with autocast: autocast's type).
-
-    Returns:
-        The name of the kernel, and the reason for the log.
+    """Chooses the kernel for packs of this model on this device, where attention computes in `dtype` (with autocast:
+    autocast's). Returns its name, and the reason for the log.
 
     Raises:
         UserError: if the requested kernel does not work here.

@@ -29,11 +29,8 @@ from trl_search.trainer.batch import MicroBatch
 def correct_towards_engine(
     micro_batch: MicroBatch, mode: str, bounds: tuple[float | None, float | None], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Adds `importance_sampling_ratio` to the micro-batch for TRL's loss.
-
-    Returns:
-        `dict[str, float]`: Metrics under TRL's names, over the tokens that ran on all ranks; NaN if none did.
-    """
+    """Adds `importance_sampling_ratio` to the micro-batch for TRL's loss. Returns metrics under TRL's names, over the
+    tokens that ran on all ranks; NaN if none did."""
     mask_BC = micro_batch.runs_BC
     log_ratios_BC = log_ratios(micro_batch.old_logps_BC, micro_batch.inputs["sampling_per_token_logps"], mask_BC)
     ratio = importance_ratio(log_ratios_BC, mask_BC, mode, *bounds)
@@ -81,12 +78,7 @@ def log_ratios(old_logps_BC: torch.Tensor, sampling_logps_BC: torch.Tensor, mask
 def importance_ratio(
     log_ratios_BC: torch.Tensor, mask_BC: torch.Tensor, mode: str, low: float | None, high: float | None
 ) -> torch.Tensor:
-    """The weights of the policy loss: (B, C) for the token modes, (B, 1) for the others.
-
-    Args:
-        mode (`str`): One of `config.grpo.IMPORTANCE_MODES`.
-        low, high (`float`, *optional*): Bounds of the ratio; None for no bound.
-    """
+    """The weights of the policy loss: (B, C) for the token modes, (B, 1) for the others."""
     if mode == "geometric_mask":
         return geometric_mask(log_ratios_BC, mask_BC, low, high)
     ratio = (log_ratios_BC.sum(dim=-1, keepdim=True) if mode.startswith("sequence") else log_ratios_BC).exp()

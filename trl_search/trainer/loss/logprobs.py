@@ -50,16 +50,8 @@ Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def make_logprobs(models: Sequence[Any], args: Any, accelerator: Accelerator) -> LogProbs | None:
-    """Chooses how the log-probs of a trainer's models are computed, logs the choice, and prepares the models.
-
-    Args:
-        models: The policy, then the reference model or None; wrapped or not.
-        args ([`SearchGRPOConfig`]): `packed_attention`, `max_packed_tokens`, `bf16` and `fp16` are read.
-        accelerator ([`~accelerate.Accelerator`]): The trainer's accelerator.
-
-    Returns:
-        None if only TRL's own forward can compute them.
-    """
+    """Chooses how the log-probs of a trainer's models are computed, logs the choice, and prepares the models. `None`
+    if only TRL's own forward can compute them."""
     policy = models[0]
     if is_peft_model(policy) and policy.active_peft_config.is_prompt_learning:
         logger.info("log-probs: TRL's own padded forward, since prompt learning puts tokens before every row")
@@ -98,10 +90,6 @@ def enable_scoring(model: PreTrainedModel, attention: str) -> None:
 
     A packed call passes everything as keyword arguments through all wrappers of the model, so that gradient
     checkpointing, DDP and DeepSpeed see it.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The causal language model itself, not its PEFT or DDP wrapper.
-        attention (`str`): The kernel that `choose_attention` chose.
     """
     fused_forward = model.forward
 

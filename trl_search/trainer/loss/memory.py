@@ -56,11 +56,7 @@ class RoomForPacks:
 
 
 def tokens_that_fit(usable_bytes: float, config: Any, number_bytes: int, checkpointed_tokens: int | None) -> int:
-    """The number of tokens whose activations fit in memory, from 1 to `MOST`.
-
-    Args:
-        checkpointed_tokens (`int`, *optional*): Tokens of the micro-batch, with gradient checkpointing.
-    """
+    """The number of tokens whose activations fit in memory, from 1 to `MOST`."""
     layers, layer_bytes = config.num_hidden_layers, number_bytes * numbers_per_token(config)
     if checkpointed_tokens is None:
         return max(1, min(MOST, int(usable_bytes / (layers * layer_bytes))))

@@ -29,12 +29,6 @@ def probed(
 ) -> LogProbs:
     """Compares the log-probs of two trajectories, one of them longer than the model's window, with a plain forward.
 
-    Args:
-        logprobs ([`LogProbs`]): The result of `make_logprobs`.
-        wrapped: The policy as the loss calls it.
-        model: The policy without its distributed wrappers.
-        args ([`SearchGRPOConfig`]): `packed_attention` and `temperature` are read.
-
     Returns:
         `LogProbs`: The given one; with `packed_attention="auto"`, the padded one if only packs are wrong.
 

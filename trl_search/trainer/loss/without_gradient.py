@@ -36,11 +36,7 @@ MULTIPLIED_BY_ADVANTAGE = frozenset({"grpo", "bnpo", "dr_grpo", "dapo", "cispo",
 
 
 def must_all_run(trainer: Any) -> bool:
-    """Whether trajectories without an advantage can change the weights; logs the result.
-
-    Args:
-        trainer ([`SearchGRPOTrainer`]): A complete trainer, before its training.
-    """
+    """Whether trajectories without an advantage can change the weights; logs the result."""
     needed = {
         "TRL's own forward computes the log-probs": trainer.logprobs is None or trainer.aux_loss_enabled,
         f"loss_type={trainer.loss_type} is unknown to trl-search": trainer.loss_type not in MULTIPLIED_BY_ADVANTAGE,
@@ -62,11 +58,7 @@ def micro_batch_of(inputs: Mapping[str, Any], *, all_run: bool) -> MicroBatch:
 
 
 def tokens_with_gradient(advantages: torch.Tensor, loss_mask_BC: torch.Tensor) -> torch.Tensor:
-    """The loss mask (B, C), set to 0 for trajectories in which no token of the loss has an advantage.
-
-    Args:
-        advantages: (B,), or (B, C) with one advantage per token.
-    """
+    """The loss mask (B, C), set to 0 for trajectories in which no token of the loss has an advantage."""
     advantages_BC = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
     has_gradient_B1 = ((advantages_BC != 0) & loss_mask_BC.bool()).any(dim=1, keepdim=True)
     return loss_mask_BC * has_gradient_B1

@@ -47,18 +47,9 @@ def build_vectors(
     seed: int = 0,
     target_recall: float = 0.97,
 ) -> dict[str, Any]:
-    """Builds `folder/vectors.index`, tunes its settings to reach the target recall, and measures it.
-
-    Args:
-        folder (`Path`): The output folder, which must exist.
-        vectors_ND (`np.ndarray`): (N, d) float32 or float16; read in slices, so it may be a memory map.
-        index (`str`): One of `VECTOR_INDEXES`.
-        seed (`int`): Of the training sample and of the queries (`calibrate.py`).
-        target_recall (`float`): recall@3 against exact search that the settings must reach.
-
-    Returns:
-        `dict`: the content of `vectors.json`: word, factory, dim, count, settings, recall_at_3, build_s, ...
-    """
+    """Builds `folder/vectors.index` (its type is one of `VECTOR_INDEXES`), tunes its settings to reach the target
+    recall@3 against exact search, and measures it. Returns the content of `vectors.json`. The rows are read in slices,
+    so they may be a memory map."""
     _check(vectors_ND, index)
     started = time.perf_counter()
     path = folder / VECTORS

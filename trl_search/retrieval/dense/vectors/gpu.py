@@ -114,14 +114,7 @@ def search_in_memory(vectors_ND: np.ndarray) -> VectorSearch:
 
 
 def check_gpu_memory(count: int, dim: int, free_bytes: Sequence[int], ram_bytes: int | None = None) -> None:
-    """Raises a `UserError` if the rows do not fit, before any are copied.
-
-    Args:
-        count (`int`): Rows.
-        dim (`int`): Dimensions.
-        free_bytes (`Sequence[int]`): Free memory of each GPU.
-        ram_bytes (`int`, *optional*): Free memory of the host; by default as the system reports it.
-    """
+    """Raises a `UserError` if the rows do not fit, before any are copied."""
     ram = available_ram_bytes() if ram_bytes is None else ram_bytes
     share = math.ceil(count / len(free_bytes))
     rows, work, host = share * dim * 2, work_bytes(share, dim), 2 * 4 * dim * min(share, SLICE_ROWS)

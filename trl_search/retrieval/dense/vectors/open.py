@@ -45,14 +45,8 @@ def open_vectors(
     nprobe: int | None = None,
     ef_search: int | None = None,
 ) -> VectorSearch:
-    """Opens an index of `build_vectors`, with the settings that it chose.
-
-    Args:
-        folder (`Path`): Contains `vectors.index` and `vectors.json`.
-        device (`str`): `"auto"`, `"cpu"`, or `"cuda"`, which raises instead of falling back to CPU.
-        gpu_engine (`str`): The library on GPUs: `"torch"`, or `"faiss"`, which raises instead of falling back to CPU.
-        nprobe (`int`, *optional*): Lists of an IVF that are searched, instead of the setting.
-        ef_search (`int`, *optional*): Candidates of a graph, instead of the setting.
+    """Opens an index of `build_vectors`, with the settings that it chose. The options are those of the retriever
+    (`load`); they replace the settings, and a GPU that is asked for is never replaced by the CPU.
 
     Raises:
         UserError: if the index is missing, unfinished or damaged.
@@ -84,14 +78,8 @@ def open_faiss_file(
     ef_search: int | None = None,
 ) -> VectorSearch:
     """Opens any FAISS file without conversion, such as the published `e5_Flat.index`, memory-mapped if its type allows
-    it. The log states the search settings of an IVF or a graph.
-
-    Args:
-        path (`Path`): The file, with inner product or L2; the scores of L2 are negated distances.
-        device, gpu_engine (`str`): As for `open_vectors`.
-        nprobe (`int`, *optional*): Lists of an IVF that are searched; by default the value in the file or, if that is
-            FAISS' default of 1, a value that reaches recall@10 .99 against a search of all lists.
-        ef_search (`int`, *optional*): Candidates of a graph; by default 512, or the value in the file if it is larger.
+    it. The log states the search settings of an IVF or a graph. The scores of L2 are negated distances. Options as for
+    `open_vectors`.
 
     Raises:
         UserError: if the file is missing, or its metric or row ids are not supported.

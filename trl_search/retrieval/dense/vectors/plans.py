@@ -83,11 +83,6 @@ class VectorPlan:
 def plan(word: str, count: int, dim: int) -> VectorPlan:
     """Estimates the cost of an index of `count` vectors of `dim` dimensions before it is built.
 
-    Args:
-        word (`str`): One of `VECTOR_INDEXES`.
-        count (`int`): Vectors.
-        dim (`int`): Dimensions.
-
     Raises:
         UserError: for an unknown word.
     """
