@@ -168,7 +168,7 @@ def measure(
     step: int = 0,
     folder: Path,
 ) -> HeldOutResult:
-    """Evaluates on this rank's share of the questions. All ranks must call it together; each gets the overall result."""
+    """Evaluates on this rank's share of the questions. All ranks must call it; each gets the overall result."""
     state, started = PartialState(), time.perf_counter()
     with policy as speaker:
         outcomes = answer_questions(
