@@ -1,25 +1,4 @@
-"""The metrics of a rollout batch: one row of numbers per trajectory, averaged over all ranks.
-
-| metric                              | mean over trajectories of                                                     |
-|-------------------------------------|-------------------------------------------------------------------------------|
-| `search/searches`, `search/turns`   | searches made, turns of the policy                                            |
-| `search/malformed_calls`            | malformed calls, which could not be run                                       |
-| `search/near_calls`                 | of these: fenced JSON, `search(...)`, another model's markup, no tags         |
-| `search/duplicate_tags`             | tags opened or closed again in the same turn                                  |
-| `search/quoted_queries`             | share of queries with an exact phrase in quotation marks                      |
-| `search/repeated_queries`           | share of queries that repeat an earlier one of the trajectory                 |
-| `search/no_answer`                  | 1 if it ended without an answer and without a failure                         |
-| `search/empty_retrievals`           | searches that found nothing                                                   |
-| `search/failed_rollouts`            | 1 if retrieval or the environment failed: masked from the loss                |
-| `tools/calls`                       | calls of tools other than the search                                          |
-| `tokens/model`                      | tokens that the policy sampled (mask 1)                                       |
-| `tokens/per_turn`                   | tokens sampled per turn: how much the policy thinks                           |
-| `tokens/observation`                | tokens that the environment wrote (mask 0)                                    |
-| `tokens/nonfinite_logprobs`         | sampled tokens whose log-prob was not finite                                  |
-| `time/generation_s`, `time/search_s`| seconds in generation and in search, including waiting                        |
-| `reflection/ratio`                  | 1 if the policy wrote a reflective phrase                                     |
-| `reflection/phrases_per_1k_tokens`  | reflective phrases per thousand tokens of the policy                          |
-| `stop/<reason>`                     | 1 if it ended for that reason: `answer`, `search_budget`, ...                 |
+"""The metrics of a rollout batch: a row per trajectory, averaged over all ranks. docs/metrics.md lists them.
 
 Metrics of searches are left out if the environment has no search, metrics of other calls if it has no other tool.
 

@@ -1,20 +1,4 @@
-"""The page at `/metrics`, in the text format of Prometheus.
-
-| metric | what it is |
-|---|---|
-| `trl_search_requests_total{path,status}` | requests answered |
-| `trl_search_request_seconds{path}` | duration of requests, a histogram |
-| `trl_search_queries_total` | queries searched, after the cache |
-| `trl_search_query_failures_total` | of these, how many failed |
-| `trl_search_queries_refused_total` | queries refused because the queue was full |
-| `trl_search_batches_total` | calls of the retriever; queries / batches is the mean batch |
-| `trl_search_search_seconds_total` | time in these calls |
-| `trl_search_queued_queries` | queries waiting or being searched now |
-| `trl_search_cache_hits_total`, `trl_search_cache_misses_total` | queries found and not found in the cache |
-| `trl_search_cache_entries`, `trl_search_cache_bytes` | size of the cache |
-| `trl_search_ready` | 1 when the index is loaded |
-| `process_resident_memory_bytes`, `process_cpu_seconds_total`, ... | of the process (Linux) |
-"""
+"""The page at `/metrics`, in the text format of Prometheus; docs/serving.md describes the metrics."""
 
 from __future__ import annotations
 
