@@ -17,16 +17,3 @@ def test_a_checkpoint_without_its_optimizer_is_named_at_a_resume(
     resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=2, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert caplog.text.count("was saved with save_only_model, so it has neither optimizer") == only_model
-
-
-@pytest.mark.parametrize(("rate", "told"), [(1e-2, 0), (5e-3, 1)])
-def test_another_learning_rate_has_no_effect_at_a_resume_and_this_is_said(
-    tmp_path, random_model, tokenizer, caplog, rate, told
-):
-    options = {"save_strategy": "steps", "save_steps": 1}
-    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=1, **options).train()
-    resumed = scripted_trainer(
-        tmp_path, random_model, tokenizer, four_ways, max_steps=2, learning_rate=rate, **options
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert caplog.text.count("has no effect: a resumed run continues with that of its checkpoint, 0.01.") == told

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trl_search.common.errors import UserError
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
+from trl_search.trainer.resumed_rate import ResumesRate
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MAX_ROLLBACKS = 2
 FACTOR = 0.5
 
 
-class RollsBack(Trainer):
+class RollsBack(ResumesRate):
     """A mixin that rolls back after a collapse. List it before TRL's trainer."""
 
     _buffered_inputs: Any
@@ -40,7 +41,6 @@ class RollsBack(Trainer):
     _metrics: Any
     _pending_extra_logs: Any
     _pending_metrics: Any
-    _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`~transformers.Trainer.train`]; after a collapse, trains again from the best checkpoint.
@@ -116,26 +116,8 @@ class RollsBack(Trainer):
             self.deepspeed = self.optimizer = self.lr_scheduler = None
             self.model_wrapped = self.accelerator.unwrap_model(engine)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's dummy optimizer has none
-        self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
-        return optimizer
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Warns if the checkpoint was trained with another learning rate, because the run continues with that."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        groups = getattr(self.optimizer, "param_groups", ())
-        loaded = {group.get("initial_lr", group["lr"]) for group in groups}
-        ours = {rate for number in range(MAX_ROLLBACKS + 1) for rate in self._rates_after(number)}
-        if checkpoint is not None and not loaded <= ours and self.is_world_process_zero():
-            logger.warning(
-                "learning_rate=%g has no effect: a resumed run continues with that of its checkpoint, %s. To train on "
-                "with another one, start a new run with the checkpoint as model_name_or_path",
-                self.args.learning_rate,
-                ", ".join(f"{rate:g}" for rate in sorted(loaded - ours)),
-            )
+    def _possible_rates(self) -> set[float]:
+        return {rate for number in range(MAX_ROLLBACKS + 1) for rate in self._rates_after(number)}
 
     def _rates_after(self, rollbacks: int) -> list[float]:
         return [rate * FACTOR**rollbacks for rate in self._peak_rates or [self.args.learning_rate]]

@@ -373,13 +373,14 @@ def test_mistakes_are_reported(tmp_path: Path, options: dict[str, Any], message:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_a_training_resumes_from_its_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"world_passages": 1000, "quality": "good=1.0", "save_strategy": "steps", "save_steps": 1}
     sft(tmp_path, "sft_world", **options)
     written = json.loads((tmp_path / "run.json").read_text())
     assert written["resumed_from_step"] == [] and (tmp_path / "checkpoint-2").is_dir()
     shutil.rmtree(tmp_path / "checkpoint-2")
-    sft(tmp_path, "sft_world", **options, resume_from_checkpoint="last")
+    sft(tmp_path, "sft_world", **options, resume_from_checkpoint="last", learning_rate=0.5)
+    assert "learning_rate=0.5 has no effect" in caplog.text
     assert json.loads((tmp_path / "run.json").read_text())["resumed_from_step"] == [1]
     assert (tmp_path / "checkpoint-2").is_dir()
 

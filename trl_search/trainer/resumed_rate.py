@@ -1,0 +1,83 @@
+"""The learning rate of a resumed run: that of its checkpoint, on this run's schedule. Warns where the two differ.
+
+    max_steps 4, linear:  1  .75  .5  .25  0       a finished run
+    max_steps 8, linear:                   .5  .375  .25  .125    resumed
+
+transformers would take the first resumed step at 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+logger = logging.getLogger(__name__)
+
+
+class ResumesRate(Trainer):
+    """A mixin that warns if a resumed run has another learning rate or schedule than its checkpoint. List it before
+    TRL's trainer."""
+
+    _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's dummy optimizer has none
+        self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._warn_of_another_rate()
+            self._continue_on_this_schedule(checkpoint)
+
+    def _possible_rates(self) -> set[float]:
+        """The peak learning rates that a checkpoint of this run can have."""
+        return set(self._peak_rates or [self.args.learning_rate])
+
+    def _warn_of_another_rate(self) -> None:
+        groups = getattr(self.optimizer, "param_groups", ())
+        others = {group.get("initial_lr", group["lr"]) for group in groups} - self._possible_rates()
+        if others and self.is_world_process_zero():
+            logger.warning(
+                "learning_rate=%g has no effect: a resumed run continues with that of its checkpoint, %s. To train on "
+                "with another one, start a new run with the checkpoint as model_name_or_path",
+                self.args.learning_rate,
+                ", ".join(f"{rate:g}" for rate in sorted(others)),
+            )
+
+    def _continue_on_this_schedule(self, checkpoint: str) -> None:
+        """Sets the learning rates to those of this run's schedule, from which another max_steps can differ."""
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        if not hasattr(schedule, "lr_lambdas"):  # as that of reduce_lr_on_plateau, which knows no number of steps
+            return
+        optimizer: Any = self.optimizer
+        left = [group["lr"] for group in optimizer.param_groups]
+        due = [
+            peak * share(schedule.last_epoch)
+            for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        if len(left) != len(due) or all(map(math.isclose, left, due)):
+            return
+        for group, rate in zip(optimizer.param_groups, due, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = due  # for the logs
+        if self.is_world_process_zero():
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+            logger.warning(
+                "the learning rate goes from %g, with which %s ended, to %g, because this run has another schedule: "
+                "that one had max_steps=%d, and perhaps another lr_scheduler_type or warmup_steps. To train on "
+                "without a jump, start a new run with the checkpoint as model_name_or_path",
+                left[0],
+                checkpoint,
+                due[0],
+                state.max_steps,
+            )
