@@ -7,7 +7,7 @@ import pytest
 
 from trl_search.common.bounds import (
     check_at_least,
-    check_least,
+    check_minima,
     check_not_negative,
     check_part,
     check_positive,
@@ -18,11 +18,11 @@ from trl_search.common.errors import UserError
 
 def test_a_value_below_its_bound_is_named() -> None:
     settings = SimpleNamespace(limit=None, depth=3, share=math.nan)
-    check_least(settings, limit=1, depth=3)
+    check_minima(settings, limit=1, depth=3)
     with pytest.raises(UserError, match="depth=3 must be at least 4"):
-        check_least(settings, depth=4)
+        check_minima(settings, depth=4)
     with pytest.raises(UserError, match="share=nan must be at least 0"):
-        check_least(settings, share=0)
+        check_minima(settings, share=0)
 
 
 def test_numbers_outside_of_their_bounds_are_named() -> None:

@@ -7,14 +7,14 @@ import math
 from trl_search.common.errors import UserError
 
 
-def check_least(settings: object, **least: float) -> None:
-    """Raises `UserError` for an attribute of `settings` below its least value.
+def check_minima(settings: object, **minima: float) -> None:
+    """Raises `UserError` for an attribute of `settings` below its minimum. For values, see [`check_at_least`].
 
     Example:
-        >>> check_least(SearchGRPOConfig(log_trajectories=-1), log_trajectories=0)
+        >>> check_minima(SearchGRPOConfig(log_trajectories=-1), log_trajectories=0)
         UserError: log_trajectories=-1 must be at least 0
     """
-    for name, bound in least.items():
+    for name, bound in minima.items():
         check_at_least(bound, **{name: getattr(settings, name)})
 
 

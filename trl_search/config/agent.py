@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from trl_search.common.bounds import check_least, check_positive
+from trl_search.common.bounds import check_minima, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object, read_object
 from trl_search.common.registry import is_import_path
@@ -140,7 +140,7 @@ def check_agent(settings: AgentSettings) -> None:
             setattr(settings, name, parse_object(getattr(settings, name), name, example))
     check_positive(search_timeout_s=settings.search_timeout_s)
     counts = [key.name for key in dataclasses.fields(AgentSettings) if isinstance(key.default, int)]
-    check_least(settings, **(dict.fromkeys(counts, 1) | {"max_searches": 0}))
+    check_minima(settings, **(dict.fromkeys(counts, 1) | {"max_searches": 0}))
 
 
 def add_agent_options(parser: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from trl import GRPOConfig
 
-from trl_search.common.bounds import check_least, check_positive, check_share
+from trl_search.common.bounds import check_minima, check_positive, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.agent import AgentSettings, check_agent
 from trl_search.config.carry_over import check_carry_over, check_whole_groups
@@ -167,8 +167,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
         for name, value in checked_values(ours, [SearchGRPOConfig], "SearchGRPOConfig").items():
             setattr(self, name, value)
         convert_numbers(self)
-        check_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
-        check_least(self, num_generations=2)  # a group; TRL divides by it before it looks
+        check_minima(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, steps_per_generation=1)
+        check_minima(self, num_generations=2)  # a group; TRL divides by it before it looks
         self._check_trls_values()
         self.output_dir = absolute_folder(self.output_dir)
         check_agent(self)
@@ -189,8 +189,8 @@ class SearchGRPOConfig(AgentSettings, GRPOConfig):  # type: ignore[misc]  # max_
                 "vllm_importance_sampling_mode=geometric_mask needs both bounds near 1: set "
                 "vllm_importance_sampling_clip_min (0.999) and vllm_importance_sampling_clip_max (1.001)"
             )
-        check_least(self, refill_groups=0, search_floor_steps=0, max_packed_tokens=0, rollout_batch_size=1)
-        check_least(self, log_trajectories=0, trajectory_table_steps=0, llds_coef=0)
+        check_minima(self, refill_groups=0, search_floor_steps=0, max_packed_tokens=0, rollout_batch_size=1)
+        check_minima(self, log_trajectories=0, trajectory_table_steps=0, llds_coef=0)
         steps_per_batch = (self.steps_per_generation or 1) * self.num_iterations / self.gradient_accumulation_steps
         if self.llds_coef and steps_per_batch <= 1:
             raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from trl_search.common.bounds import check_least, check_positive
+from trl_search.common.bounds import check_minima, check_positive
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.config.key_docs import key, with_documented_keys
@@ -77,7 +77,7 @@ class TaskArguments(QuestionArguments):
     overwrite: bool = key(False, "Allow an output_dir that holds a finished run, and replace its results.")
 
     def __post_init__(self) -> None:
-        check_least(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)
+        check_minima(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)
         check_positive(warm_start_learning_rate=self.warm_start_learning_rate)
         if self.warm_start_steps and self.questions != WORLD:
             raise UserError(

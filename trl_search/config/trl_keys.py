@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from trl_search.common.bounds import check_least, check_part, check_share
+from trl_search.common.bounds import check_minima, check_part, check_share
 from trl_search.common.errors import UserError, unknown_name
 
 CHOICES = {
@@ -44,8 +44,8 @@ def check_training_keys(args: Any) -> None:
             raise UserError(f"{field.name}=nan is not a number: give one, or leave it out")
     if args.learning_rate is None or not 0 <= args.learning_rate < math.inf:
         raise UserError(f"learning_rate={args.learning_rate} must be a finite number, at least 0")
-    check_least(args, weight_decay=0, max_grad_norm=0, adam_epsilon=0, data_seed=0)
-    check_least(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, per_device_eval_batch_size=1)
+    check_minima(args, weight_decay=0, max_grad_norm=0, adam_epsilon=0, data_seed=0)
+    check_minima(args, per_device_train_batch_size=1, gradient_accumulation_steps=1, per_device_eval_batch_size=1)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 0 and less than 1")
@@ -109,8 +109,8 @@ def check_trls_keys(args: Any) -> None:
         if getattr(args, name) not in choices:
             raise unknown_name(name, getattr(args, name), choices)
     check_training_keys(args)
-    check_least(args, num_iterations=1, beta=0, epsilon=0, epsilon_high=0, delta=0, top_k=0, num_generations_eval=1)
-    check_least(args, vllm_importance_sampling_clip_min=0, off_policy_mask_threshold=0)
+    check_minima(args, num_iterations=1, beta=0, epsilon=0, epsilon_high=0, delta=0, top_k=0, num_generations_eval=1)
+    check_minima(args, vllm_importance_sampling_clip_min=0, off_policy_mask_threshold=0)
     if args.vllm_importance_sampling_clip_max is not None and args.vllm_importance_sampling_clip_max <= 0:
         raise UserError(
             f"vllm_importance_sampling_clip_max={args.vllm_importance_sampling_clip_max} must be more than 0: at 0, "

@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
-from trl_search.common.bounds import check_least, check_positive, check_share
+from trl_search.common.bounds import check_minima, check_positive, check_share
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
 from trl_search.policies.lora import leaves_the_base
@@ -29,7 +29,7 @@ def adapter_config(model_config: ModelConfig) -> PeftConfig | None:
     """
     if not model_config.use_peft:
         return None
-    check_least(model_config, lora_r=1)
+    check_minima(model_config, lora_r=1)
     check_share(lora_dropout=model_config.lora_dropout)
     check_positive(lora_alpha=model_config.lora_alpha)
     adapter: Any = get_peft_config(model_config)

@@ -33,7 +33,7 @@ from trl_search.cli.options import (
     sampling_of,
     tell_of_imports,
 )
-from trl_search.common.bounds import check_least, check_share
+from trl_search.common.bounds import check_minima, check_share
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import parse_object
 from trl_search.common.launched import launched_processes, launched_rank
@@ -140,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> str:
         raise unknown_name("backend", args.backend, BACKENDS)
     sampling = sampling_of(args, seed=args.seed)
     check_share(max_failed_share=args.max_failed_share)
-    check_least(args, limit=1, concurrency=1)
+    check_minima(args, limit=1, concurrency=1)
     tell_of_imports()
     from trl_search.cli.evaluation_checks import refuse_evaluation
     from trl_search.evaluation.plan import Plan

@@ -32,7 +32,7 @@ from trl_search.cli.options import (
 )
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.config.task import set_names
     from trl_search.evaluation.retriever_quality import load_judged, measure, quality_table
 
-    check_least(args, limit=1, passages_per_query=1)
+    check_minima(args, limit=1, passages_per_query=1)
     sets = [
         one
         for name in set_names(args.datasets)

@@ -19,7 +19,7 @@ import textwrap
 from trl_search.cli.options import SEARCHED, add_retriever_options, add_world_options, asked_questions, searched_of
 from trl_search.cli.retriever_checks import retriever_checks
 from trl_search.cli.start_checks import refuse
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.visible import visible
 from trl_search.types import Passage
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_least(args, passages_per_query=1)
+    check_minima(args, passages_per_query=1)
     questions = asked_questions(args.questions)
     searched = searched_of(args, args.retriever)
     refuse(retriever_checks(searched))  # otherwise a server that is not running fails only after its patience

@@ -20,7 +20,7 @@ import contextlib
 from pathlib import Path
 
 from trl_search.cli.options import add_question_fields, question_fields
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.retrieval.corpus.text_folder import TextFolder
     from trl_search.retrieval.index.folder import read_manifest
 
-    check_least(args, limit=1, passages_per_query=1)
+    check_minima(args, limit=1, passages_per_query=1)
     folder = Path(args.corpus).expanduser()
     is_corpus = (folder / "queries.jsonl").exists() or TextFolder.find(folder) is not None
     if is_index := folder.is_dir() and not is_corpus:

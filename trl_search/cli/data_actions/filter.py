@@ -25,7 +25,7 @@ from typing import Any
 from trl_search.cli.commands import eval as evaluation
 from trl_search.cli.data_actions.questions import writable, write_questions
 from trl_search.cli.options import add_sampling_options, question_fields
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_jsonl
 from trl_search.common.launched import launched_rank
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.evaluation.answers_file import Records
     from trl_search.evaluation.settings import OtherSettings
 
-    check_least(args, pass_at=2, limit=1)
+    check_minima(args, pass_at=2, limit=1)
     if args.temperature <= 0:
         raise UserError("--temperature 0 gives the same answer each time: use the temperature of the training")
     output = writable(Path(args.output).expanduser(), args.overwrite)

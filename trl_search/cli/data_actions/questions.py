@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_search.cli.options import add_question_fields, add_world_options, question_fields
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError
 from trl_search.common.files import written_whole
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from trl_search.data.summary import summarize_questions
 
     output = writable(Path(args.output).expanduser(), args.overwrite) if args.output else None
-    check_least(args, limit=1, samples=0)
+    check_minima(args, limit=1, samples=0)
     if args.source == WORLD:
         questions = _world_questions(args)
     else:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.common.files import write_json
 from trl_search.retrieval.corpus.passages import Passages, join_contents
@@ -79,7 +79,7 @@ class EncodingOptions:
         """
         if self.dtype not in ("float32", "float16"):
             raise unknown_name("dtype", self.dtype, ["float32", "float16"])
-        check_least(self, batch_size=1)
+        check_minima(self, batch_size=1)
         for name in ("encoder", "query_encoder"):
             given = getattr(self, name)
             if given is not None and Path(given).is_dir():  # the index may be opened from another folder

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.retrieval.base import RetrievalError, failure
 from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.retrieval.corpus.passages import Corpus
@@ -45,7 +45,7 @@ class OpenSearchBuilder:
     timeout_s: int = 120
 
     def __post_init__(self) -> None:
-        check_least(self, shards=1, replicas=1)
+        check_minima(self, shards=1, replicas=1)
         self._connect().close()
 
     def build(self, corpus: Corpus, folder: Path) -> dict[str, Any]:

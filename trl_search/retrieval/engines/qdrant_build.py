@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.sparse_vectors import mean_length, weigh
@@ -72,7 +72,7 @@ class QdrantBuilder(EncodingOptions):
             raise unknown_name("quantization", self.quantization, QUANTIZATIONS)
         if self.vectors == SPARSE and self.quantization != "none":
             raise UserError("quantization is of dense vectors; sparse ones are small as they are")
-        check_least(self, shards=1, replicas=1)
+        check_minima(self, shards=1, replicas=1)
         if self.vectors == DENSE:
             self.check_encoding()
         else:

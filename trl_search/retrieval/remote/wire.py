@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_search.common.bounds import check_least
+from trl_search.common.bounds import check_minima
 from trl_search.common.errors import UserError
 from trl_search.common.files import NotJSON, parse_json
 from trl_search.retrieval.corpus.passages import split_contents
@@ -62,7 +62,7 @@ class Limits:
     default_topk: int = 3
 
     def __post_init__(self) -> None:
-        check_least(self, max_queries=1, max_query_chars=1, max_body_bytes=1)
+        check_minima(self, max_queries=1, max_query_chars=1, max_body_bytes=1)
         if not 1 <= self.default_topk <= self.max_topk:
             raise UserError(f"default_topk must lie between 1 and max_topk={self.max_topk}; got {self.default_topk}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-from trl_search.common.bounds import check_least, check_positive
+from trl_search.common.bounds import check_minima, check_positive
 from trl_search.common.credentials import bearer_token
 from trl_search.common.errors import UserError
 from trl_search.retrieval.remote.wire import Limits
@@ -49,7 +49,7 @@ class ServerConfig:
                 f"max_queued={self.max_queued} is less than the {self.limits.max_queries} queries that one request "
                 "may hold: such a request could never be answered; raise the one or lower the other"
             )
-        check_least(self, max_batch=1, cache_bytes=0)
+        check_minima(self, max_batch=1, cache_bytes=0)
         check_positive(search_timeout_s=self.search_timeout_s, body_timeout_s=self.body_timeout_s)
         check_positive(shutdown_timeout_s=self.shutdown_timeout_s)
         if self.token is not None and self.token != bearer_token(self.token, "ServerConfig"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trl_search.common.bounds import check_least, check_not_negative, check_part, check_share
+from trl_search.common.bounds import check_minima, check_not_negative, check_part, check_share
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
 from trl_search.config.key_docs import key
@@ -64,8 +64,8 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
-        check_least(self, max_train_questions=1, min_searches=0)
+        check_minima(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
+        check_minima(self, max_train_questions=1, min_searches=0)
         check_not_negative(temperature=self.temperature)
         check_part(top_p=self.top_p)
         if self.min_f1 is not None:
