@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,8 @@ def command_of(path: Path, expected: str) -> str:
     return other if unknown(expected) and unknown(other) < unknown(expected) else expected
 
 
-def run_recipe(
-    argv: list[str], command: str, description: str | None, run: Callable[..., Any], go_on: Callable[[Any], str]
-) -> int:
-    """Runs a command that takes a recipe.
-
-    Args:
-        description (`str`): The docstring of the command, which is its help.
-        run (`Callable`): Takes one instance of each of the command's [`recipe_classes`]. It imports the trainer, which
-            takes seconds, after the checks.
-        go_on (`Callable`): Takes the training's configuration and returns how to resume after Ctrl-C.
-    """
+def run_recipe(argv: list[str], command: str, description: str | None) -> int:
+    """Runs `train` or `sft`, of which `description` is the help."""
     from trl_search.cli.options import explained_interrupt, tell_of_imports
     from trl_search.cli.recipe_help import print_help
     from trl_search.config.recipe import build_arguments, recipe_values, split_recipe
@@ -66,6 +56,20 @@ def run_recipe(
 
     refuse_problems(values, classes)
     built = build_arguments(values, classes)
-    with explained_interrupt(lambda: go_on(built[1])):
-        run(*built)
+
+    def how_to_go_on() -> str:
+        from trl_search.trainer.resume import how_to_resume
+
+        how = how_to_resume(Path(built[1].output_dir or "."))
+        return how if command == "train" else f"collected attempts are kept; {how}"
+
+    with explained_interrupt(how_to_go_on):  # also while the trainer is imported, which takes seconds
+        if command == "train":
+            from trl_search.trainer.pipeline import run_training
+
+            run_training(*built)
+        else:
+            from trl_search.trainer.cold_start.run import run_sft
+
+            run_sft(*built)
     return 0

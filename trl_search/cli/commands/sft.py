@@ -12,24 +12,8 @@ The trained model is in output_dir; `trl-search train RECIPE --model_name_or_pat
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from trl_search.trainer.sft import SearchSFTConfig
-
 
 def main(argv: list[str]) -> int:
     from trl_search.cli.recipe_command import run_recipe
 
-    def train(*arguments: Any) -> None:
-        from trl_search.trainer.cold_start.run import run_sft
-
-        run_sft(*arguments)
-
-    def go_on(config: SearchSFTConfig) -> str:
-        from trl_search.trainer.resume import how_to_resume
-
-        return f"collected attempts are kept; {how_to_resume(Path(config.output_dir or '.'))}"
-
-    return run_recipe(argv, "sft", __doc__, train, go_on)
+    return run_recipe(argv, "sft", __doc__)

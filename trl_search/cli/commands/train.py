@@ -11,24 +11,8 @@ machine can run the recipe and lists all problems at once. `trl-search doctor RE
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from trl_search.config.grpo import SearchGRPOConfig
-
 
 def main(argv: list[str]) -> int:
     from trl_search.cli.recipe_command import run_recipe
 
-    def train(*arguments: Any) -> None:
-        from trl_search.trainer.pipeline import run_training
-
-        run_training(*arguments)
-
-    def go_on(config: SearchGRPOConfig) -> str:
-        from trl_search.trainer.resume import how_to_resume
-
-        return how_to_resume(Path(config.output_dir or "."))
-
-    return run_recipe(argv, "train", __doc__, train, go_on)
+    return run_recipe(argv, "train", __doc__)
