@@ -12,14 +12,12 @@ from trl_search.rewards.built_in import (
 )
 from trl_search.rewards.declaration import Reward, check_columns, declare, default_weight, required_columns
 from trl_search.rewards.last_message import of_last_message
-from trl_search.rewards.registry import ENTRY_POINT_GROUP, available_rewards, resolve_rewards
+from trl_search.rewards.registry import resolve_rewards
 
 __all__ = [
     "BUILT_IN",
-    "ENTRY_POINT_GROUP",
     "REFLECTION_CAP",
     "Reward",
-    "available_rewards",
     "check_columns",
     "declare",
     "default_weight",

@@ -27,8 +27,7 @@ from trl_search.common.registry import Registry
 from trl_search.rewards.built_in import BUILT_IN
 from trl_search.rewards.declaration import Reward
 
-ENTRY_POINT_GROUP = "trl_search.rewards"
-REWARDS = Registry("reward", ENTRY_POINT_GROUP, {name: f"trl_search.rewards.built_in:{name}" for name in BUILT_IN})
+REWARDS = Registry("reward", "trl_search.rewards", {name: f"trl_search.rewards.built_in:{name}" for name in BUILT_IN})
 
 
 def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward]:
@@ -77,11 +76,6 @@ def listed_rewards(specs: Any) -> list[Any]:
     if not isinstance(specs, Iterable):
         raise UserError(f"a reward is a name or a function, not {type(specs).__name__}: {specs!r:.80}")
     return list(specs)
-
-
-def available_rewards() -> list[str]:
-    """The names that `resolve_rewards` knows: first the built-in ones, then those of installed packages."""
-    return REWARDS.names()
 
 
 def _resolve(spec: str | Reward) -> Reward:
