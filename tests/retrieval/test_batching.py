@@ -423,11 +423,3 @@ def test_impossible_numbers_of_batches_are_refused() -> None:
     idle.max_concurrent_batches = 0
     with pytest.raises(ValueError, match="Echo has 0"):
         SearchBatcher(idle, timeout_s=1)
-
-
-def test_k_below_one_is_refused() -> None:
-    async def scenario(batcher: SearchBatcher) -> None:
-        with pytest.raises(ValueError, match="k is"):
-            await batcher.search("a", 0)
-
-    run(scenario, Echo())

@@ -85,8 +85,6 @@ class SearchBatcher:
             Unavailable: if the retriever is down or took too long, or the batcher is closed.
             RetrievalError: if the search failed.
         """
-        if k < 1:
-            raise UserError(f"k is the number of passages wanted, at least 1; got {k}")
         if self._closed:
             raise Unavailable("the search batcher is closed; make a new one for each event loop")
         self.stats.queries += 1

@@ -157,20 +157,14 @@ def find_ivf(index: Any) -> Any:
 
 
 def apply_settings(index: Any, settings: dict[str, int]) -> None:
-    """Sets k_factor, nprobe and efSearch on the FAISS objects that hold them.
-
-    Raises:
-        ValueError: for an unknown setting.
-    """
+    """Sets k_factor, nprobe and efSearch on the FAISS objects that hold them."""
     for name, value in settings.items():
         if name == "k_factor":
             index.k_factor = float(value)
         elif name == "nprobe":
             find_ivf(index).nprobe = int(value)
-        elif name == "efSearch":
-            index.hnsw.efSearch = int(value)
         else:
-            raise ValueError(f"unknown setting {name}")
+            index.hnsw.efSearch = int(value)
 
 
 def slices(vectors_ND: np.ndarray) -> Iterator[np.ndarray]:

@@ -6,7 +6,6 @@ other types are searched on CPU, mapped from the file.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from trl_search.common.bounds import check_at_least
 from trl_search.common.errors import UserError
+from trl_search.common.files import read_object
 from trl_search.retrieval.dense.vectors.build import ABOUT, VECTORS
 from trl_search.retrieval.dense.vectors.calibrate import apply_settings, choose_nprobe, find_ivf
 from trl_search.retrieval.dense.vectors.faiss_gpu import open_with_faiss, require_faiss_gpu
@@ -52,12 +52,9 @@ def open_vectors(
         UserError: if the index is missing, unfinished or damaged.
     """
     path = folder / VECTORS
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished vector index ({ABOUT} is missing); build it again") from None
-    except ValueError as error:
-        raise UserError(f"{folder / ABOUT} is damaged ({error}); build it again") from None
+    if not (folder / ABOUT).is_file():
+        raise UserError(f"{folder} holds no finished vector index ({ABOUT} is missing); build it again")
+    about = read_object(folder / ABOUT, "build it again")
     index = _open_index(path)
     if (index.d, index.ntotal) != (about["dim"], about["count"]):
         raise UserError(

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 
-from trl_search.common.errors import UserError
 from trl_search.retrieval.base import RetrievalError
 from trl_search.retrieval.dense.vectors.faiss_setup import faiss_module
 
@@ -26,27 +25,13 @@ class VectorSearch(abc.ABC):
     count: int
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` best rows of each query.
-
-        Args:
-            queries (`np.ndarray`): (B, d), any float type and any strides.
-            k (`int`): At least 1; may exceed the number of vectors.
-
-        Returns:
-            `(scores, rows)`: (B, k) float32 and (B, k) int64; -inf and -1 if there are no more rows.
+        """The scores and the rows of the `k` best vectors for each query (B, d): (B, k) float32 and (B, k) int64, -inf
+        and -1 if there are no more.
 
         Raises:
-            UserError: for queries of the wrong shape, or a `k` below 1.
             RetrievalError: for a query that is not finite.
         """
         queries_BD = np.ascontiguousarray(queries, dtype=np.float32)
-        if queries_BD.ndim != 2 or queries_BD.shape[1] != self.dim:
-            raise UserError(
-                f"queries have shape {queries_BD.shape}, this index has vectors of {self.dim} dimensions: was it "
-                "built with another encoder?"
-            )
-        if k < 1:
-            raise UserError(f"k is the number of rows wanted per query, at least 1; got {k}")
         if not np.isfinite(queries_BD).all():
             raise RetrievalError("a query vector holds NaN or infinity; the encoder overflowed")
         scores_BK = np.full((len(queries_BD), k), -np.inf, dtype=np.float32)
