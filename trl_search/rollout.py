@@ -196,22 +196,15 @@ def _tell_once(what: str, error: Exception) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One trajectory to run.
+    """One trajectory to run."""
 
-    Args:
-        prompt (`tuple[int, ...]` or `Callable`): The prompt's ids, or a coroutine function that returns them (one-shot
-            RAG searches first). A `RetrievalError` raised by it fails this trajectory only.
-        row (`Mapping`): The dataset row, passed to the environment's `start`.
-        key (`str`): Combined with the batch's seed to give the trajectory's own seed.
-        policy (`Policy`, *optional*): Replaces the batch's policy in this trajectory, as scripted players do.
-        finished (`Trajectory`, *optional*): The trajectory of an earlier process, returned instead of a new one.
-    """
-
+    # The prompt's ids, or a coroutine function that returns them (one-shot RAG searches first). A `RetrievalError`
+    # raised by it fails this trajectory only.
     prompt: tuple[int, ...] | Callable[[], Awaitable[tuple[int, ...]]]
-    row: Mapping[str, Any]
-    key: str
-    policy: Policy | None = None
-    finished: Trajectory | None = None
+    row: Mapping[str, Any]  # the dataset row, passed to the environment's `start`
+    key: str  # combined with the batch's seed to give the trajectory's own seed
+    policy: Policy | None = None  # replaces the batch's policy in this trajectory, as scripted players do
+    finished: Trajectory | None = None  # the trajectory of an earlier process, returned instead of a new one
 
 
 async def run_batch(

@@ -32,15 +32,11 @@ WORLD_SIZE = (2000, 0)  # passages, seed
 
 @dataclass(frozen=True)
 class Searched:
-    """A kind of retriever with its options.
-
-    Attributes:
-        world_size (`tuple[int, int]`, *optional*): Passages and seed of the embedded world, if it is the corpus.
-    """
+    """A kind of retriever with its options."""
 
     kind: str
     options: dict[str, Any]
-    world_size: tuple[int, int] | None = None
+    world_size: tuple[int, int] | None = None  # passages and seed of the embedded world, if it is the corpus
 
     @cached_property
     def world(self) -> World | None:

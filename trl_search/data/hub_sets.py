@@ -19,17 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A dataset on the hub.
-
-    Attributes:
-        split (`str`): The default split, on which published numbers were measured.
-        splits (`Mapping[str, int]`): How many questions each split had when it was published.
-    """
+    """A dataset on the hub."""
 
     repository: str
     config: str | None
-    split: str
-    splits: Mapping[str, int] = field(default_factory=dict)
+    split: str  # the default split, on which published numbers were measured
+    splits: Mapping[str, int] = field(default_factory=dict)  # how many questions each split had when it was published
 
     @property
     def rows(self) -> int | None:

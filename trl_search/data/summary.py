@@ -31,24 +31,16 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QuestionSummary:
-    """The statistics of a set. Lengths count words separated by spaces; there are about 1.3 tokens per word.
-
-    Args:
-        sources (`dict[str, int]`): The number of questions of each `data_source`, the largest first.
-        answers (`Spread`): Gold answers per question.
-        yes_no (`int`): Questions with a gold answer "yes" or "no".
-        repeated_questions (`int`): Rows whose normalised question equals that of an earlier row.
-        repeated_ids (`int`): Rows whose id equals that of an earlier row of the same source.
-    """
+    """The statistics of a set. Lengths count words separated by spaces; there are about 1.3 tokens per word."""
 
     rows: int
-    sources: dict[str, int]
-    answers: Spread
+    sources: dict[str, int]  # the number of questions of each `data_source`, the largest first
+    answers: Spread  # gold answers per question
     question_words: Spread
     answer_words: Spread
-    yes_no: int
-    repeated_questions: int
-    repeated_ids: int
+    yes_no: int  # questions with a gold answer "yes" or "no"
+    repeated_questions: int  # rows whose normalised question equals that of an earlier row
+    repeated_ids: int  # rows whose id equals that of an earlier row of the same source
     samples: list[dict[str, Any]]
 
     def describe(self) -> str:

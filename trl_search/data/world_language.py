@@ -12,41 +12,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """One kind of fact about one kind of entity.
+    """One kind of fact about one kind of entity."""
 
-    Args:
-        name (`str`): Unique among all kinds.
-        target (`str`): The kind of entity that is the value, or a key of `LITERALS`.
-        keyword (`str`): The word for the value: "I need the founder", "founder of Hexatron Mills".
-        asks (`tuple[str, ...]`): Questions for the value; `{}` is the subject. Empty: the fact is never asked for.
-        phrases (`tuple[str, ...]`): Descriptions that replace the value in a two-hop question.
-    """
-
-    name: str
-    target: str
-    keyword: str
-    asks: tuple[str, ...] = ()
-    phrases: tuple[str, ...] = ()
+    name: str  # unique among all kinds
+    target: str  # the kind of entity that is the value, or a key of `LITERALS`
+    keyword: str  # the word for the value: "I need the founder", "founder of Hexatron Mills"
+    asks: tuple[str, ...] = ()  # questions for the value; `{}` is the subject. Empty: the fact is never asked for.
+    phrases: tuple[str, ...] = ()  # descriptions that replace the value in a two-hop question
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of entity: its share of the encyclopedia, its names, and its sentences.
-
-    Args:
-        name (`tuple[str, str]`): The keys of `WORDS` from which the first and the last word of a name are drawn.
-        middle (`str`): The key for the words between them; large worlds need one or two.
-        sentences (`tuple[str, ...]`): Passage texts; `{name}` and every relation's name are fields.
-        compares (`tuple[tuple[str, bool], ...]`): Questions that compare `year_of`; True asks for the later.
-    """
+    """One kind of entity: its share of the encyclopedia, its names, and its sentences."""
 
     share: float
-    name: tuple[str, str]
-    middle: str
+    name: tuple[str, str]  # the keys of `WORDS` from which the first and the last word of a name are drawn
+    middle: str  # the key for the words between them; large worlds need one or two
     relations: tuple[Relation, ...]
-    sentences: tuple[str, ...]
+    sentences: tuple[str, ...]  # passage texts; `{name}` and every relation's name are fields
     year_of: str = ""
-    compares: tuple[tuple[str, bool], ...] = ()
+    compares: tuple[tuple[str, bool], ...] = ()  # questions that compare `year_of`; True asks for the later
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -25,24 +25,16 @@ BACKENDS = ("transformers", "vllm", "vllm_server")
 
 @dataclass(frozen=True)
 class Backend:
-    """The engine of an evaluation and its options.
+    """The engine of an evaluation and its options."""
 
-    Args:
-        name (`str`): One of `BACKENDS`.
-        dtype, device (`str`, *optional*): Dtype and device of the weights. By default, `load_model` chooses them.
-        server (`str`, *optional*): The address of the server.
-        served_model (`str`, *optional*): The policy's name on the server. By default the first model it lists.
-        engine_options (`Mapping`): More arguments of `vllm.LLM`.
-        concurrency (`int`): Questions in flight at once per process.
-    """
-
-    name: str = "transformers"
+    name: str = "transformers"  # one of `BACKENDS`
+    # Of the weights; by default, `load_model` chooses them.
     dtype: str | None = None
     device: str | None = None
-    server: str | None = None
-    served_model: str | None = None
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = 64
+    server: str | None = None  # the address of the server
+    served_model: str | None = None  # the policy's name on the server. By default the first model it lists.
+    engine_options: Mapping[str, Any] = field(default_factory=dict)  # more arguments of `vllm.LLM`
+    concurrency: int = 64  # questions in flight at once per process
 
     def check(self, processes: int) -> None:
         """Rejects options that would be ignored or cannot work, before anything is loaded.

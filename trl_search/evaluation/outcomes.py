@@ -32,37 +32,28 @@ _Z95 = 1.959964  # quantile .975 of the normal distribution
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One question, answered and scored.
-
-    Attributes:
-        answer (`str`, *optional*): The text of the last closed `<answer>`. `None` if there is none; EM is then 0.
-        em, f1, contains (`float`): Whether the answer equals a golden one, the overlap of their words, and whether the
-            answer contains a golden one.
-        read (`float`): Whether a passage that the policy found contains a golden answer.
-        searches (`int`): Calls of the environment's tools. The search of `rag` is not a call, so it is not counted.
-        malformed (`int`): Calls that could not be run.
-        latency_s (`float`): Time of generation and search, including the wait for concurrent questions.
-        reflections (`int`): Reflective phrases that the policy wrote.
-        stop_reason (`str`): A `StopReason`. With `retrieval_failed` or `environment_failed`, the scores are
-            meaningless and `error` has the cause.
-    """
+    """One question, answered and scored."""
 
     id: str
     data_source: str
     question: str
     golden_answers: tuple[str, ...]
-    answer: str | None
+    answer: str | None  # the text of the last closed `<answer>`. `None` if there is none; EM is then 0.
+    # Whether the answer equals a golden one, the overlap of their words, and whether the answer
+    # contains a golden one
     em: float
     f1: float
     contains: float
-    read: float
-    searches: int
+    read: float  # whether a passage that the policy found contains a golden answer
+    searches: int  # calls of the environment's tools. The search of `rag` is not a call, so it is not counted.
     turns: int
-    malformed: int
+    malformed: int  # calls that could not be run
     model_tokens: int
     observation_tokens: int
-    latency_s: float
-    reflections: int
+    latency_s: float  # time of generation and search, including the wait for concurrent questions
+    reflections: int  # reflective phrases that the policy wrote
+    # A `StopReason`. With `retrieval_failed` or `environment_failed`, the scores are meaningless and `error` has the
+    # cause.
     stop_reason: str
     error: str
 
@@ -74,23 +65,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over the questions that did not fail; NaN if all failed.
-
-    Attributes:
-        questions (`int`): All questions, including failed ones.
-        failed (`int`): Questions whose search failed; `errors` counts each reason.
-        em_ci95 (`float`): Half the width of `em_interval`.
-        em_interval (`tuple[float, float]`): The 95 % bootstrap interval of `em`.
-        reflective_ratio (`float`): The share of questions for which the policy wrote a reflective phrase.
-    """
+    """Means over the questions that did not fail; NaN if all failed."""
 
     mode: str
-    questions: int
-    failed: int
+    questions: int  # all questions, including failed ones
+    failed: int  # questions whose search failed; `errors` counts each reason
     errors: dict[str, int]
     em: float
-    em_ci95: float
-    em_interval: tuple[float, float]
+    em_ci95: float  # half the width of `em_interval`
+    em_interval: tuple[float, float]  # the 95 % bootstrap interval of `em`
     f1: float
     contains: float
     searches: float
@@ -99,7 +82,7 @@ class Evaluation:
     model_tokens: float
     observation_tokens: float
     latency_s: float
-    reflective_ratio: float
+    reflective_ratio: float  # the share of questions for which the policy wrote a reflective phrase
 
     @property
     def is_comparable(self) -> bool:

@@ -20,15 +20,7 @@ SEARCHING = ("search", "rag")  # the modes that use the environment
 
 @dataclass(frozen=True)
 class Plan:
-    """The options of `trl-search eval`.
-
-    Attributes:
-        retriever (`str`, *optional*): A kind of retriever, an index folder, or the address of a server.
-        seed (`int`): Seed of the sample of questions.
-        fields (`QuestionFields`, *optional*): The columns of question files with an unknown schema.
-        published (`str`): Published rows to show: `auto`, `3B`, `7B`, `all`, `none`.
-        command (`str`): The command line, without its secrets.
-    """
+    """The options of `trl-search eval`."""
 
     model: str
     modes: Sequence[str]
@@ -37,16 +29,16 @@ class Plan:
     agent: AgentSettings
     backend: Backend
     sampling: Sampling
-    retriever: str | None
+    retriever: str | None  # a kind of retriever, an index folder, or the address of a server
     retriever_options: Mapping[str, Any]
     world_passages: int
     world_seed: int
     limit: int | None
-    seed: int
+    seed: int  # seed of the sample of questions
     max_failed_share: float
-    published: str
-    command: str
-    fields: QuestionFields | None = None
+    published: str  # published rows to show: `auto`, `3B`, `7B`, `all`, `none`
+    command: str  # the command line, without its secrets
+    fields: QuestionFields | None = None  # the columns of question files with an unknown schema
 
     @property
     def acts(self) -> bool:

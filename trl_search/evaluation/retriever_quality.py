@@ -30,18 +30,13 @@ CUTS = (1, 3, 5, 10, 20, 100)
 
 @dataclass(frozen=True)
 class JudgedQueries:
-    """Queries, with the judgements or golden answers that determine which passages are relevant.
-
-    Attributes:
-        queries (`Mapping[str, str]`): Text of each query, by id.
-        judgements (`Mapping`, *optional*): Relevance of passages, by query id and passage id (qrels).
-        golden_answers (`Mapping`, *optional*): Golden answers, by query id.
-    """
+    """Queries, with the judgements or golden answers that determine which passages are relevant."""
 
     name: str
-    queries: Mapping[str, str]
+    queries: Mapping[str, str]  # text of each query, by id
+    # Relevance of passages, by query id and passage id (qrels)
     judgements: Mapping[str, Mapping[str, int]] | None = None
-    golden_answers: Mapping[str, Sequence[str]] | None = None
+    golden_answers: Mapping[str, Sequence[str]] | None = None  # golden answers, by query id
 
 
 def load_judged(

@@ -22,17 +22,11 @@ _LONGEST = 200  # bytes of a name; most disks allow 255 for a file, with its mod
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions that are evaluated together.
+    """Questions that are evaluated together."""
 
-    Attributes:
-        name (`str`): The heading of the set's column, and part of its file's name: `nq`.
-        source (`str`): A dataset on the hub and its split, a file, or the world.
-        total (`int`): The number of questions in the source; `rows` holds those that are asked.
-    """
-
-    name: str
-    source: str
-    total: int
+    name: str  # the heading of the set's column, and part of its file's name: `nq`
+    source: str  # a dataset on the hub and its split, a file, or the world
+    total: int  # the number of questions in the source; `rows` holds those that are asked
     rows: Sequence[Mapping[str, Any]]
 
     @property

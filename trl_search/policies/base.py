@@ -19,15 +19,10 @@ class Turn(TypedDict, total=False):
 
 
 class Policy(abc.ABC):
-    """Generates turns for many trajectories at once. Each call is one request to an engine with continuous batching.
+    """Generates turns for many trajectories at once. A call is one request to an engine with continuous batching."""
 
-    Attributes:
-        slots (`int`, *optional*): Requests that the engine runs at once; others queue. `None`: unknown.
-        positions (`int`, *optional*): Tokens of the longest conversation. `None`: unknown.
-    """
-
-    slots: int | None = None
-    positions: int | None = None
+    slots: int | None = None  # requests that the engine runs at once; others queue. `None`: unknown.
+    positions: int | None = None  # tokens of the longest conversation. `None`: unknown.
 
     @abc.abstractmethod
     async def generate(

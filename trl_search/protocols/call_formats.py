@@ -42,18 +42,12 @@ _HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>")
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The format in which a family writes calls: `opening`, text that `read` parses, `closing` or the end of the turn.
-
-    Args:
-        opening (`str`): The start of a block of calls. `""` if a turn that starts with `{` is a call.
-        closing (`str`): The end of a block; `""` if it ends with the turn.
-        read (`Callable`): Returns the calls in the text of a block, or raises if it cannot parse it.
-    """
+    """The format in which a family writes calls: `opening`, text for `read`, `closing` or the end of the turn."""
 
     name: str
-    opening: str
-    closing: str
-    read: Callable[[str], list[Call]]
+    opening: str  # the start of a block of calls. `""` if a turn that starts with `{` is a call.
+    closing: str  # the end of a block; `""` if it ends with the turn
+    read: Callable[[str], list[Call]]  # returns the calls in the text of a block, or raises if it cannot parse it
 
     def canonical(self, text: str) -> str:
         """The turn with its calls as JSON in `<tool_call>`. Takes linear time and does not change thoughts."""

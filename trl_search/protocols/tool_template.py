@@ -53,21 +53,13 @@ _CALL_MESSAGES = [CallMessage(content, as_json) for as_json in (False, True) for
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """The text that a chat template writes around a search and its reply.
+    """The text that a chat template writes around a search and its reply."""
 
-    Args:
-        format (`CallFormat`): The format of the call.
-        message (`CallMessage`): The form of message that the template takes.
-        opening (`str`): The text from the call to the reply, including the end of the policy's turn.
-        closing (`str`): The text from the reply to the policy's next turn.
-        json_reply (`bool`): Whether the reply is inside a JSON string.
-    """
-
-    format: CallFormat
-    message: CallMessage
-    opening: str
-    closing: str
-    json_reply: bool
+    format: CallFormat  # the format of the call
+    message: CallMessage  # the form of message that the template takes
+    opening: str  # the text from the call to the reply, including the end of the policy's turn
+    closing: str  # the text from the reply to the policy's next turn
+    json_reply: bool  # whether the reply is inside a JSON string
 
 
 def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:

@@ -29,17 +29,11 @@ class Block(NamedTuple):
 
 
 class TurnText(NamedTuple):
-    """A parsed turn.
+    """A parsed turn."""
 
-    Args:
-        blocks (`tuple[Block, ...]`): Thoughts, calls and answers in order.
-        tidy (`bool`): Whether every tag outside the blocks is paired, and no answer or call contains another tag.
-        speaks_for_world (`bool`): Whether the policy wrote `<tool_response>` or `<information>` outside its thoughts.
-    """
-
-    blocks: tuple[Block, ...]
-    tidy: bool
-    speaks_for_world: bool
+    blocks: tuple[Block, ...]  # thoughts, calls and answers in order
+    tidy: bool  # whether every tag outside the blocks is paired, and no answer or call contains another tag
+    speaks_for_world: bool  # whether the policy wrote `<tool_response>` or `<information>` outside its thoughts
 
     @property
     def act(self) -> Block | None:

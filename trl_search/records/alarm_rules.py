@@ -49,31 +49,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of failure.
+    """One kind of failure."""
 
-    Attributes:
-        name (`str`): Logged as `alarm/<name>`.
-        metric (`str`): The metric that the rule watches. The rule is inactive if the run does not log it.
-        means (`str`), advice (`str`): The text of the warning.
-        rises (`float`, *optional*): Fires above this many times the metric's lowest level and above `beyond`.
-        falls (`float`, *optional*): Fires below this share of the metric's highest level and below `beyond`, if the
-            highest level is at least `worth`.
-        unless_solved (`bool`): Silent while the reward is at its best, because there is nothing left to learn.
-        drift (`bool`): The change may precede a collapse but may also be wanted: the rule warns and never ends a run.
-        at_once (`bool`): `on_collapse` acts on the first log instead of waiting for ten.
-    """
-
-    name: str
-    metric: str
+    name: str  # logged as `alarm/<name>`
+    metric: str  # the metric that the rule watches. The rule is inactive if the run does not log it.
+    # means, advice: The text of the warning
     means: str
     advice: str
-    rises: float | None = None
+    rises: float | None = None  # fires above this many times the metric's lowest level and above `beyond`
+    # Fires below this share of the metric's highest level and below `beyond`, if the highest level is at least `worth`
     falls: float | None = None
     beyond: float = math.inf
     worth: float = 0.0
-    unless_solved: bool = False
+    unless_solved: bool = False  # silent while the reward is at its best, because there is nothing left to learn
+    # The change may precede a collapse but may also be wanted: the rule warns and never ends a run
     drift: bool = False
-    at_once: bool = False
+    at_once: bool = False  # `on_collapse` acts on the first log instead of waiting for ten
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         """What happened, in words; empty if the rule does not fire."""
@@ -110,13 +101,9 @@ class NeverScored(Rule):
 
 @dataclass(frozen=True)
 class Fell(Rule):
-    """Fires on a single evaluation of which the whole 95 % interval is below `falls` times the best one.
+    """Fires on a single evaluation of which the whole 95 % interval is below `falls` times the best one."""
 
-    Attributes:
-        while_reward_is_best (`bool`): Fires only while the training reward is near its highest, down to `HALF`.
-    """
-
-    while_reward_is_best: bool = False
+    while_reward_is_best: bool = False  # fires only while the training reward is near its highest, down to `HALF`
 
     def look(self, levels: Mapping[str, Level], row: Mapping[str, Any]) -> str:
         upper: Any = row.get(f"{self.metric}_upper")  # the upper end of the interval

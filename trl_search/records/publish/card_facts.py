@@ -24,34 +24,19 @@ from trl_search.records.rollbacks import rollbacks_of
 
 @dataclass(frozen=True)
 class CardFacts:
-    """
-    The facts for a model card.
+    """The facts for a model card."""
 
-    Args:
-        repo_id (`str`): The repository, `owner/name`, or a folder.
-        settings (`AgentSettings`, *optional*): The agent settings of the training, if they are recorded.
-        protocol (`Protocol`): The agent's protocol, with its tokenizer.
-        base_model (`str`, *optional*): The name of the model that training began with.
-        adapter (`dict`, *optional*): `adapter_config.json`, if an adapter is published.
-        info (`dict`): `run.json`; empty if there is none.
-        results (`Sequence[Result]`): The lines of the results table.
-        license (`str`, *optional*): The licence of the weights, by the hub's id.
-        curves (`bool`): Whether `curves.png` is published with the card.
-        tools (`tuple[str, ...]`): The names of the tools that the agent calls.
-        rollbacks (`Sequence[dict]`): The rollbacks of the training after a collapse.
-    """
-
-    repo_id: str
-    settings: AgentSettings | None
-    protocol: Protocol
-    base_model: str | None = None
-    adapter: Mapping[str, Any] | None = None
-    info: Mapping[str, Any] = field(default_factory=dict)
-    results: Sequence[Result] = ()
-    license: str | None = None
-    curves: bool = False
-    tools: tuple[str, ...] = ("search",)
-    rollbacks: Sequence[Mapping[str, Any]] = ()
+    repo_id: str  # the repository, `owner/name`, or a folder
+    settings: AgentSettings | None  # the agent settings of the training, if they are recorded
+    protocol: Protocol  # the agent's protocol, with its tokenizer
+    base_model: str | None = None  # the name of the model that training began with
+    adapter: Mapping[str, Any] | None = None  # `adapter_config.json`, if an adapter is published
+    info: Mapping[str, Any] = field(default_factory=dict)  # `run.json`; empty if there is none
+    results: Sequence[Result] = ()  # the lines of the results table
+    license: str | None = None  # the licence of the weights, by the hub's id
+    curves: bool = False  # whether `curves.png` is published with the card
+    tools: tuple[str, ...] = ("search",)  # the names of the tools that the agent calls
+    rollbacks: Sequence[Mapping[str, Any]] = ()  # the rollbacks of the training after a collapse
 
     @property
     def task(self) -> Mapping[str, Any]:

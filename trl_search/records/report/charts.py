@@ -28,26 +28,16 @@ SMOOTH_ABOVE = 80
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """
-    One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        label (`str`): The name in the legend.
-        run (`int`): The index of the run.
-        colour (`int`): The index of the colour.
-        steps (`list[int]`), values (`list[float | None]`): The points. `None` is a gap, where no finite number was
-            logged.
-        mean (`list[float | None]`): The running mean of a long line; empty for a short one.
-        level (`bool`): Whether it is a dotted horizontal line, for a value that was measured once.
-    """
-
-    label: str
-    run: int
-    colour: int
+    label: str  # the name in the legend
+    run: int  # the index of the run
+    colour: int  # the index of the colour
+    # steps, values: The points. `None` is a gap, where no finite number was logged.
     steps: list[int]
     values: list[float | None]
-    mean: list[float | None]
-    level: bool = False
+    mean: list[float | None]  # the running mean of a long line; empty for a short one
+    level: bool = False  # whether it is a dotted horizontal line, for a value that was measured once
 
 
 @dataclass(frozen=True, slots=True)

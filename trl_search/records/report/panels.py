@@ -10,26 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """
-    One entry of `PANELS`.
+    """One entry of `PANELS`."""
 
-    Args:
-        section (`str`): The heading above the chart.
-        title (`str`): The title of the chart.
-        note (`str`): How to read the chart, in one line.
-        lines (`tuple[tuple[str, str], ...]`): Metric or pattern, and label; the label of a pattern contains a star.
-        alarms (`tuple[str, ...]`): The alarms that watch these metrics (`trl_search/records/alarm_rules.py`).
-        rare (`bool`): Leaves out lines that are always 0.
-        several (`bool`): Leaves out a chart with a single line, which another chart already shows.
-    """
-
-    section: str
+    section: str  # the heading above the chart
     title: str
-    note: str
-    lines: tuple[tuple[str, str], ...]
-    alarms: tuple[str, ...] = ()
-    rare: bool = False
-    several: bool = False
+    note: str  # how to read the chart, in one line
+    lines: tuple[tuple[str, str], ...]  # metric or pattern, and label; the label of a pattern contains a star
+    alarms: tuple[str, ...] = ()  # the alarms that watch these metrics (`trl_search/records/alarm_rules.py`)
+    rare: bool = False  # leaves out lines that are always 0
+    several: bool = False  # leaves out a chart with a single line, which another chart already shows
 
 
 PANELS = (

@@ -49,19 +49,13 @@ class Coefficient:
 
 @dataclass(frozen=True, slots=True)
 class Association:
-    """
-    The association of two series.
+    """The association of two series."""
 
-    Args:
-        n (`int`): The number of pairs.
-        problem (`str`): Why there are no coefficients; empty if there are.
-        slope, intercept (`float`, *optional*): The least-squares line.
-    """
-
-    n: int
-    problem: str = ""
+    n: int  # the number of pairs
+    problem: str = ""  # why there are no coefficients; empty if there are
     pearson: Coefficient | None = None
     spearman: Coefficient | None = None
+    # slope, intercept: The least-squares line
     slope: float | None = None
     intercept: float | None = None
 

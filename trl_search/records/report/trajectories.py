@@ -29,23 +29,15 @@ TEXTS = ("id", "data_source", "question", "stop_reason", "error")
 
 @dataclass
 class PageTrajectories:
-    """
-    The trajectories of all runs on the page.
+    """The trajectories of all runs on the page."""
 
-    Args:
-        rows (`dict[str, list]`): Columns of the same length. `correct` and `gold` are 1, 0 or `None`: whether the
-            answer is an exact match, and whether a tool result contains a golden answer.
-        prompts (`list[str]`): Each distinct prompt; `rows["prompt"]` holds its index.
-        rewards (`list[str]`): Names of the single rewards; `rows["rewards"]` holds a list of numbers per row.
-        blocks (`list[list[dict]]`): The tokens of `BLOCK_TRAJECTORIES` rows each, in the order of the rows.
-        notes (`list[str]`): Per run: what was left out, or "".
-    """
-
+    # Columns of the same length. `correct` and `gold` are 1, 0 or `None`: whether the answer is an exact match, and
+    # whether a tool result contains a golden answer.
     rows: dict[str, list[Any]]
-    prompts: list[str]
-    rewards: list[str]
-    blocks: list[list[dict[str, Any]]]
-    notes: list[str] = field(default_factory=list)
+    prompts: list[str]  # each distinct prompt; `rows["prompt"]` holds its index
+    rewards: list[str]  # names of the single rewards; `rows["rewards"]` holds a list of numbers per row
+    blocks: list[list[dict[str, Any]]]  # the tokens of `BLOCK_TRAJECTORIES` rows each, in the order of the rows
+    notes: list[str] = field(default_factory=list)  # per run: what was left out, or ""
 
     def __len__(self) -> int:
         return len(self.rows["step"])

@@ -57,18 +57,12 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Source:
-    """The source of a corpus.
+    """The source of a corpus."""
 
-    Args:
-        name (`str`): The name for messages.
-        rows (`Callable`): Iterates from the first row; yields the place ("x.jsonl, line 7") and the fields of each
-            row.
-        fingerprint (`Callable`, *optional*): Identifies the content; `None` for passages in memory, which can be read
-            only once.
-    """
-
-    name: str
+    name: str  # the name for messages
+    # Iterates from the first row; yields the place ("x.jsonl, line 7") and the fields of each row
     rows: Callable[[], Iterator[Row]]
+    # Identifies the content; `None` for passages in memory, which can be read only once
     fingerprint: Callable[[], Fingerprint] | None = None
 
 

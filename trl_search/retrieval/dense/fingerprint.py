@@ -11,33 +11,19 @@ from trl_search.common.errors import UserError
 
 @dataclass(frozen=True)
 class EncoderFingerprint:
-    """Only vectors from encoders with equal fingerprints may be compared.
+    """Only vectors from encoders with equal fingerprints may be compared."""
 
-    Args:
-        name (`str`): The name that it was loaded by. For messages only: a moved folder is the same encoder.
-        weights (`str`): SHA-256 over the tensors, in the checkpoint's own precision.
-        pooling (`str`, *optional*): The pooling chosen for a plain checkpoint; `None` if the model's files define it.
-        modules (`str`): The modules of the model: `"Transformer + Pooling(mean) + Normalize"`.
-        query_prompt (`str`): Text before every query.
-        passage_prompt (`str`): Text before every passage.
-        max_length (`int`): Tokens of a text that are read, including prompt and special tokens.
-        normalize (`bool`): Whether vectors have length 1.
-        dim (`int`): Numbers per vector.
-        query_encoder (`str`, *optional*): The checkpoint that encodes queries, if it is a different one.
-        query_weights (`str`, *optional*): SHA-256 over its tensors.
-    """
-
-    name: str
-    weights: str
-    pooling: str | None
-    modules: str
-    query_prompt: str
-    passage_prompt: str
-    max_length: int
-    normalize: bool
-    dim: int
-    query_encoder: str | None = None
-    query_weights: str | None = None
+    name: str  # the name that it was loaded by. For messages only: a moved folder is the same encoder.
+    weights: str  # SHA-256 over the tensors, in the checkpoint's own precision
+    pooling: str | None  # the pooling chosen for a plain checkpoint; `None` if the model's files define it
+    modules: str  # the modules of the model: `"Transformer + Pooling(mean) + Normalize"`
+    query_prompt: str  # text before every query
+    passage_prompt: str  # text before every passage
+    max_length: int  # tokens of a text that are read, including prompt and special tokens
+    normalize: bool  # whether vectors have length 1
+    dim: int  # numbers per vector
+    query_encoder: str | None = None  # the checkpoint that encodes queries, if it is a different one
+    query_weights: str | None = None  # SHA-256 over its tensors
 
     def differences(self, other: EncoderFingerprint) -> list[str]:
         """Describes the differences: `["max_length is 256, not 512"]`; `[]` for the same encoder."""

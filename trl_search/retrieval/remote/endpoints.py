@@ -28,23 +28,15 @@ FIRST_ASIDE_S, MAX_ASIDE_S = 0.5, 30.0
 
 @dataclass
 class EndpointStats:
-    """The outcomes of the requests to one server.
+    """The outcomes of the requests to one server."""
 
-    Args:
-        requests (`int`): Requests sent, including failed and repeated ones.
-        failures (`int`): Errors, timeouts and broken answers.
-        retries (`int`): Requests that repeat a failed one, to this server or another.
-        seconds (`float`): Total time in requests.
-        max_s (`float`): The longest request.
-        latencies_s (`deque[float]`): Seconds of the last 10,000 answered requests. Older ones are dropped, because a
-            gateway may run for weeks without its metrics being read.
-    """
-
-    requests: int = 0
-    failures: int = 0
-    retries: int = 0
-    seconds: float = 0.0
-    max_s: float = 0.0
+    requests: int = 0  # requests sent, including failed and repeated ones
+    failures: int = 0  # errors, timeouts and broken answers
+    retries: int = 0  # requests that repeat a failed one, to this server or another
+    seconds: float = 0.0  # total time in requests
+    max_s: float = 0.0  # the longest request
+    # Seconds of the last 10,000 answered requests. Older ones are dropped, because a gateway may run for weeks without
+    # its metrics being read.
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
 

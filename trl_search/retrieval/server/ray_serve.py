@@ -46,19 +46,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RayConfig:
-    """How many gateways, and where.
+    """How many gateways, and where."""
 
-    Args:
-        replicas (`int`): Processes, each with its own retriever.
-        cpus (`float`): CPUs per replica. The encoder uses as many threads.
-        gpus (`float`): GPUs per replica, for an encoder. With 0.25, four replicas share a GPU.
-        address (`str`, *optional*): The address of a running cluster; `None` starts one on this machine.
-    """
-
-    replicas: int = 2
-    cpus: float = 1.0
-    gpus: float = 0.0
-    address: str | None = None
+    replicas: int = 2  # processes, each with its own retriever
+    cpus: float = 1.0  # CPUs per replica. The encoder uses as many threads.
+    gpus: float = 0.0  # GPUs per replica, for an encoder. With 0.25, four replicas share a GPU.
+    address: str | None = None  # the address of a running cluster; `None` starts one on this machine
 
     def __post_init__(self) -> None:
         check_at_least(1, replicas=self.replicas)

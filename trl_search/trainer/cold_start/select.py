@@ -22,21 +22,13 @@ KEPT = "kept.parquet"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules for keeping attempts.
+    """The rules for keeping attempts."""
 
-    Args:
-        min_f1 (`float`, *optional*): Minimum F1 of the answer; by default it must be an exact match.
-        well_formed (`bool`): Whether to exclude malformed calls, open tags, and text after a call or an answer.
-        min_searches (`int`): Minimum number of searches.
-        keep_per_question (`int`): Maximum attempts per question; the first samples are kept.
-        max_tokens (`int`, *optional*): Maximum tokens of prompt and trajectory. Longer attempts are left out, because
-            a cut one teaches no ending.
-    """
-
-    min_f1: float | None = None
-    well_formed: bool = True
-    min_searches: int = 1
-    keep_per_question: int = 2
+    min_f1: float | None = None  # minimum F1 of the answer; by default it must be an exact match
+    well_formed: bool = True  # whether to exclude malformed calls, open tags, and text after a call or an answer
+    min_searches: int = 1  # minimum number of searches
+    keep_per_question: int = 2  # maximum attempts per question; the first samples are kept
+    # Maximum tokens of prompt and trajectory. Longer attempts are left out, because a cut one teaches no ending.
     max_tokens: int | None = None
 
     def objection(self, attempt: Attempt) -> str | None:

@@ -116,21 +116,13 @@ def _keep_scored(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], out
 
 @dataclass(frozen=True)
 class LogProbs:
-    """TRL's `_get_per_token_logps_and_entropies` over real tokens only.
+    """TRL's `_get_per_token_logps_and_entropies` over real tokens only."""
 
-    Args:
-        attention (`str`): The kernel that `choose_attention` chose and `enable_scoring` installed.
-        max_packed_tokens (`int` or [`RoomForPacks`]): Maximum tokens per pack; a longer trajectory gets its own pack.
-        agree (`Callable`): Maps this rank's number of packs to the maximum over all ranks.
-        takes_positions (`bool`): Whether a padded forward gets `position_ids`.
-        options (`Mapping`): Further keyword arguments of every forward.
-    """
-
-    attention: str
-    max_packed_tokens: int | RoomForPacks
-    agree: Callable[[int], int] = lambda packs: packs
-    takes_positions: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    attention: str  # the kernel that `choose_attention` chose and `enable_scoring` installed
+    max_packed_tokens: int | RoomForPacks  # maximum tokens per pack; a longer trajectory gets its own pack
+    agree: Callable[[int], int] = lambda packs: packs  # maps this rank's number of packs to the maximum over all ranks
+    takes_positions: bool = False  # whether a padded forward gets `position_ids`
+    options: Mapping[str, Any] = field(default_factory=dict)  # further keyword arguments of every forward
 
     def __call__(
         self,

@@ -19,21 +19,13 @@ import torch
 
 @dataclass(frozen=True)
 class Pack:
-    """Concatenated trajectories of T tokens, with N scored hidden states. All tensors are indices, on the CPU.
+    """Concatenated trajectories of T tokens, with N scored hidden states. All tensors are indices, on the CPU."""
 
-    Args:
-        tokens_T: The tokens, as indices into the flattened (B, P + C) batch.
-        positions_T: The position of each token in its own trajectory.
-        lengths (`list[int]`): Tokens per trajectory.
-        scored_N: The hidden states that are projected, as indices into T.
-        targets_N: The tokens that they predict, as indices into the flattened (B, P + C) batch.
-    """
-
-    tokens_T: torch.Tensor
-    positions_T: torch.Tensor
-    lengths: list[int]
-    scored_N: torch.Tensor
-    targets_N: torch.Tensor
+    tokens_T: torch.Tensor  # the tokens, as indices into the flattened (B, P + C) batch
+    positions_T: torch.Tensor  # the position of each token in its own trajectory
+    lengths: list[int]  # tokens per trajectory
+    scored_N: torch.Tensor  # the hidden states that are projected, as indices into T
+    targets_N: torch.Tensor  # the tokens that they predict, as indices into the flattened (B, P + C) batch
 
 
 def scored_tokens(attention_mask_BT: torch.Tensor, loss_mask_BC: torch.Tensor) -> torch.Tensor:
