@@ -72,12 +72,8 @@ def resolve_searched(
     world_size: tuple[int, int] = WORLD_SIZE,
     in_world: bool = False,
 ) -> Searched:
-    """Resolves a word to a retriever. Nothing is opened yet.
-
-    Args:
-        options (`Mapping`, *optional*): Further options of the kind. They override those recorded by a run.
-        world_size (`tuple[int, int]`): Passages and seed of the embedded world.
-        in_world (`bool`): Whether the questions are the world's. A kind without a corpus then searches the world.
+    """Resolves a word to a retriever, which is not opened yet. The options override those recorded by a run. With
+    questions of the world (`in_world`), a kind without a corpus searches the world, of `world_size` passages and seed.
 
     Raises:
         UserError: if the word is unknown, or is a run that has not recorded its retriever.

@@ -126,12 +126,9 @@ class Task:
 
 
 def load_task(arguments: TaskArguments, *, seed: int, evidence: bool = False, searches: bool = True) -> Task:
-    """Loads questions and retriever, and reports every mistake in a recipe's data.
-
-    Args:
-        searches (`bool`): Whether the environment takes a retriever; if not, none is opened.
-        evidence (`bool`): Whether training questions include the passages with their answers, if these are known.
-    """
+    """Loads questions and retriever, and reports every mistake in a recipe's data. No retriever is opened if the
+    environment takes none (`searches`), and questions have `evidence`, the passages with their answers, if these are
+    known."""
     searched, held_out = searched_of(arguments), None
     train_limit, limit, fields = arguments.max_train_questions, arguments.max_eval_questions, arguments.fields
     if arguments.questions == WORLD:

@@ -64,22 +64,10 @@ def answer_questions(
     on_outcome: Callable[[int, Outcome], None] | None = None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Asks the policy every question once, and scores its answers.
-
-    Args:
-        mode (`str`): One of `MODES`.
-        rows (`Sequence[Mapping]`): Questions with `question` and `golden_answers`, optionally `id` and `data_source`.
-        environment (`Environment`): The environment of the agent. `rag` needs a `SearchEnvironment`, and uses its
-            retriever, `passages_per_query`, timeout and passage template.
-        agent (`AgentSettings`): Protocol, prompts and token budgets. Its instruction is for `search`; the other modes
-            have their own. Settings of the search belong to the environment.
-        sampling (`Sampling`, *optional*): Its seed makes each answer independent of the other questions.
-        concurrency (`int`, *optional*): Questions in flight at once. By default all.
-        on_outcome (`Callable`, *optional*): Called with the row's index and its outcome when a question finishes.
-        progress (`bool`, *optional*): Shows a progress bar on a terminal.
-
-    Returns:
-        `list[Outcome]`: One per row, in the order of the rows.
+    """Asks the policy every question once, and scores its answers, in the order of the rows. `rag` needs a
+    `SearchEnvironment`, and uses its retriever, `passages_per_query`, timeout and passage template. The agent's
+    instruction is for `search`; the other modes have their own. `on_outcome` is called with the row's index and its
+    outcome when a question finishes.
 
     Raises:
         UserError: if questions are too long for the model.

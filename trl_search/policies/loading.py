@@ -50,11 +50,8 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, eos_token: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model on the hub or in a folder. For an adapter without one, that of its base model.
-
-    Args:
-        revision (`str`, *optional*): A branch, tag or commit of the model.
-        eos_token (`str`, *optional*): The token that ends the assistant's turn, if the tokenizer's EOS is another one:
-            `<|im_end|>` for a base model with a ChatML template.
+    `eos_token`: the token that ends the assistant's turn, if the tokenizer's EOS is another one (`<|im_end|>` for a
+    base model with a ChatML template).
 
     Raises:
         UserError: if there is no such tokenizer, or it has no such token.
@@ -97,13 +94,8 @@ def load_base(name: str, model_config: ModelConfig, config: Any) -> PreTrainedMo
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> PreTrainedModel:
-    """Loads a decoder onto a device. For a PEFT adapter, loads the base model and applies the adapter.
-
-    Args:
-        device (`str`, *optional*): By default `"cuda"` if there is a GPU, else `"cpu"`.
-        dtype (`str`, *optional*): A dtype of torch, or `"auto"` for the checkpoint's own. By default bfloat16 on a
-            GPU, float32 on a CPU, where bfloat16 is slow.
-    """
+    """Loads a decoder onto a device, by default a GPU if there is one, in bfloat16 on a GPU and float32 on a CPU,
+    where bfloat16 is slow. For a PEFT adapter, loads the base model and applies the adapter."""
     name = model_source(name)
     target, dtype = placement(device, dtype)
     return _pretrained(name, dtype=dtype).to(target).eval()  # type: ignore[arg-type]

@@ -69,11 +69,7 @@ def plain_logprobs(
     called: Any, prompt_ids: Sequence[int], ids: Sequence[int], *, model: Any = None, temperature: float = 1.0
 ) -> torch.Tensor:
     """Log-probs of `ids` after `prompt_ids` by one forward without cache, padding or other sequences. (len(ids))
-
-    Args:
-        called: The callable that computes the forward: the model or its wrapper.
-        model (*optional*): The model inside the wrapper.
-    """
+    `called` computes it: `model`, or its wrapper."""
     model = called if model is None else model
     ids_BT = torch.tensor([[*prompt_ids, *ids]], device=next(model.parameters()).device)
     options = {"output_router_logits": False} if has_router_logits(model) else {}

@@ -31,13 +31,7 @@ PROJECT = "trl-search"
 
 
 class RunLog(TrainerCallback):
-    """
-    The callback that records a run.
-
-    Args:
-        model (`str`): The name of the trained model.
-        protocol (`str`, *optional*): The name of its protocol.
-        method (`str`, *optional*, defaults to `"GRPO"`): How the model is trained.
+    """The callback that records a run.
 
     Attributes:
         prompt (`str`): The first training prompt, up to the policy's first token.

@@ -34,13 +34,8 @@ _LEGEND = (
 
 
 class TrackerTables(TrainerCallback):
-    """
-    The callback that sends the run's record and the tables to the trackers of `report_to`, on rank 0.
-
-    Args:
-        run_log (`RunLog`): Its record goes into the tracker's config. This callback must come before ours.
-        trajectory_log (`TrajectoryLog`): Its trajectories go into the tables.
-    """
+    """The callback that sends the run's record and the tables to the trackers of `report_to`, on rank 0. It comes
+    after the [`RunLog`], whose record goes into their config."""
 
     def __init__(self, run_log: RunLog, trajectory_log: TrajectoryLog) -> None:
         self.run_log, self.trajectory_log = run_log, trajectory_log

@@ -104,20 +104,10 @@ def tokens_to_run(batch: Mapping[str, torch.Tensor], *, all_run: bool) -> torch.
 def deal(
     costs_R: Sequence[int], ranks: int, micro_batches: int, steps: int, draw: random.Random
 ) -> list[list[list[int]]]:
-    """
-    Deals rows to `ranks` x `micro_batches` places of equal size.
+    """Deals rows to `ranks` x `micro_batches` places of equal size. Returns the rows of each rank, by micro-batch.
 
     The rows of each optimizer step are drawn, as many of each length for every step. Within a step, the longest row
     goes first, to the place that has least, and places of similar length get the same number on all ranks.
-
-    Args:
-        costs_R (`Sequence[int]`): The cost of each row; their number is a multiple of the number of places.
-        ranks, micro_batches (`int`): The places.
-        steps (`int`): The optimizer steps, of equally many micro-batches. A step may go on in the next batch.
-        draw (`random.Random`): In the same state on all ranks.
-
-    Returns:
-        The rows of each rank, by micro-batch.
 
     Example:
         >>> deal([9, 1, 5, 5, 2, 8, 3, 7], ranks=2, micro_batches=2, steps=1, draw=random.Random(0))

@@ -37,12 +37,8 @@ _PER_TOKEN = {"prompt_ids": "q", "ids": "q", "mask": "b", "logprobs": "d", "vers
 
 
 class Journal:
-    """The journal of one batch on one rank.
-
-    Args:
-        path (`Path`, *optional*): The file, which replaces that of an earlier batch. None: nothing is kept.
-        batch (`str`): A digest of everything that shapes the batch ([`batch_digest`]).
-        resumed (`bool`): Whether to read the trajectories that the file has of this batch.
+    """The journal of one batch on one rank. Without a path, nothing is kept; `batch` is a digest of everything that
+    shapes the batch.
 
     Attributes:
         finished (`dict[int, Trajectory]`): Trajectories of an earlier process, by index.

@@ -40,12 +40,6 @@ def ending_together(
 ) -> Iterator[None]:
     """Within the context, the death of another rank ends this process.
 
-    Args:
-        rank (`int`), ranks (`int`): The rank of this process, and the number of ranks; a single rank is not watched.
-        silence_s (`float`, *optional*, defaults to `45.0`): A rank without a heartbeat for this long counts as dead.
-        grace_s (`float`, *optional*, defaults to `10.0`): How long this rank may still report an error of its own.
-        beat_s (`float`, *optional*, defaults to `2.0`): Seconds between two heartbeats.
-
     Example:
         ```python
         with ending_together(accelerator.process_index, accelerator.num_processes):

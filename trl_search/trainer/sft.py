@@ -87,10 +87,6 @@ def train(
 ) -> None:
     """Trains the model in place on `rows` (`input_ids`, `assistant_masks`), and saves it with its tokenizer.
 
-    Args:
-        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter; `config.merge_adapter` sets what is saved.
-        run_log ([`RunLog`], *optional*): Records the run in its folder.
-
     Raises:
         UserError: if the adapter cannot be merged as configured.
     """
@@ -153,17 +149,9 @@ def warm_start(
     seed: int = 0,
     use_cpu: bool = False,
 ) -> list[Trajectory]:
-    """Trains the model in place on a world's training questions, and saves it with its tokenizer.
-
-    Args:
-        steps (`int`): Optimizer steps of `batch_size` trajectories per process, none used twice.
-        quality (`Mapping[str, float]`): Shares of the players in `trl_search.data.scripted_players.PLAYERS`.
-        environment (`Environment`, *optional*): The environment of the scripts. Default: a search with the retriever.
-        use_cpu (`bool`): Must equal that of the run it belongs to; otherwise each process trains alone.
-
-    Returns:
-        `list[Trajectory]`: The trajectories that were trained on.
-    """
+    """Trains the model in place on a world's training questions, none used twice, and saves it with its tokenizer.
+    `quality` has the shares of the players; `use_cpu` must equal that of the run, or each process trains alone.
+    Returns what was trained on."""
     config = SearchSFTConfig(
         output_dir=output_dir,
         max_steps=steps,

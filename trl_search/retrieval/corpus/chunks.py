@@ -63,14 +63,8 @@ def token_splitter(tokenizer: PreTrainedTokenizerBase) -> Split:
 def cut_documents(
     documents: Iterable[Passage], size: int, *, overlap: int = 0, split: Split = split_words
 ) -> Iterator[Passage]:
-    """Cuts documents into passages of at most `size` words or tokens.
-
-    Args:
-        documents (`Iterable[Passage]`): Read one at a time.
-        size (`int`): Words or tokens per passage. The last passage of a document may be shorter. A letter of more than
-            `size` tokens becomes a passage.
-        overlap (`int`): Words or tokens that a passage shares with the one before.
-        split (`Callable`): Gives the spans of the words or tokens of a text.
+    """Cuts documents into passages of at most `size` words or tokens (`split` gives their spans), which overlap by
+    `overlap`. The last passage of a document may be shorter. A letter of more than `size` tokens becomes a passage.
 
     Raises:
         UserError: for a size below 1, or an overlap that is not below the size.

@@ -125,23 +125,9 @@ def load_encoder(
     normalize: bool | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """Loads an encoder.
-
-    Args:
-        name_or_path (`str | Path`): A model on the hub or a folder, of sentence-transformers or plain transformers.
-        query_encoder (`str`, *optional*): The encoder for queries, if a model has two (DPR, Dragon).
-        device (`str`, *optional*): `"cuda:1"`, `"cpu"`; by default a GPU if there is one.
-        dtype (`str`): Precision of the computation. `"float16"` is three times as fast on a GPU and changes scores by
-            1e-3.
-        max_length (`int`, *optional*): Tokens per text; by default the family's, else the model's own.
-        query_prompt (`str`, *optional*): The text before every query, or the name of one of the model's own prompts
-            ("s2p_query"); by default its prompt "query", else the family's. If a model's prompts have other names,
-            choose one; `""` means no prompt.
-        passage_prompt (`str`, *optional*): The same for passages; by default the model's "document" or "passage".
-        pooling (`str`, *optional*): `"mean"`, `"cls"`, `"max"` or `"lasttoken"`; required for a plain checkpoint of an
-            unknown family.
-        normalize (`bool`, *optional*): Vectors of length 1; by default the family's, else the model's own, else yes.
-        trust_remote_code (`bool`): Whether Python code from the checkpoint may run, with all rights of this process.
+    """Loads an encoder; the options are those of [`EncodingOptions`], each by default as the family or the model's own
+    files say. A prompt may be the name of one of the model's prompts ("s2p_query"), and "" is none; `pooling` is
+    required for a plain checkpoint of an unknown family.
 
     Raises:
         UserError: if the encoder cannot be loaded, or does not define a setting that must then be passed.

@@ -177,7 +177,7 @@ def load(
         id_field, title_field, text_field (`str`, *optional*): With `corpus`: its fields, if they are not the usual
             ones (see `Fields`).
         options: `query_encoder`, `max_length`, `query_prompt`, `passage_prompt`, `pooling`, `normalize`: see
-            `load_encoder`. An index records its own.
+            `EncodingOptions`. An index records its own.
 
     Raises:
         UserError: for options that cannot be combined.

@@ -77,12 +77,9 @@ def is_training_log(row: Mapping[str, Any]) -> bool:
 
 class CollapseAlarm(TrainerCallback):
     """Adds the alarms to every log. It warns once per alarm, and again only after `WINDOW` logs without the alarm.
+    With `stop`, an alarm that has lasted `STOP_AFTER` logs (one, if its rule is `at_once`) ends the training.
 
     It must run before the callbacks that report the logs, because it adds `alarm/<name>` to them.
-
-    Args:
-        stop (`bool`): Whether to end the training when an alarm has lasted `STOP_AFTER` logs (one log, if its rule is
-            `at_once`).
     """
 
     def __init__(self, *, stop: bool) -> None:

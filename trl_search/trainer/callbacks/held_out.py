@@ -105,11 +105,8 @@ class HeldOut:
         return found
 
     def measure(self, mode: str | None = None) -> HeldOutResult:
-        """Evaluates the current policy. All ranks must call it together; each gets the result over all ranks.
-
-        Args:
-            mode (`str`, *optional*): A baseline, `direct`, `cot` or `rag`. Default: the agent that is trained.
-        """
+        """Evaluates the current policy. All ranks must call it together; each gets the result over all ranks. A `mode`
+        is a baseline: `direct`, `cot` or `rag`."""
         trainer, step = self.trainer, self.trainer.state.global_step
         if mode is None and self.last is not None and self.last.step == step:
             return self.last  # greedy sampling from the same weights gives the same answers

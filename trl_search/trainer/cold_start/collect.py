@@ -99,19 +99,11 @@ def collect(
     max_failed_share: float = 0.5,
     player: Callable[[Policy | None, Mapping[str, Any], int], Policy] | None = None,
 ) -> Collected:
-    """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished.
-
-    Args:
-        rows (`Sequence[Mapping]`): Questions with `question`, `golden_answers` and, optionally, `id`, `data_source`.
-        policy (`Callable`): Builds the policy; not called if no attempt is missing.
-        sampling (`Sampling`): The seed of an attempt depends on its seed, the question and the sample number.
-        concurrency (`int`): Concurrent trajectories.
-        settings (`Mapping`): Everything that defines an attempt besides the questions and the tokenizer. Must equal
-            the settings with which the folder was started.
-        max_failed_share (`float`, *optional*, defaults to `0.5`): Stops if a larger share of attempts fails. A failed
-            attempt is not written, so the next call tries it again.
-        player (`Callable`, *optional*): Builds the policy of one attempt from the policy, the row and the attempt's
-            seed: a script that knows the row, or a policy with demonstrations. By default the policy itself.
+    """Samples every question `samples` times, and appends each attempt to the folder as soon as it is finished; a
+    failed one is not written, so the next call tries it again. `settings` is everything that defines an attempt
+    besides the questions and the tokenizer. `policy` builds the policy, and is not called if no attempt is missing.
+    `player` builds that of one attempt from it, the row and the attempt's seed: a script, or a policy with
+    demonstrations.
 
     Raises:
         UserError: if the folder holds attempts made with other settings, or the retriever fails.

@@ -39,15 +39,7 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightServers:
-    """The servers that rank 0 sends the weights to.
-
-    Args:
-        urls (`Sequence[str]`): Their addresses.
-        group_port (`int`): The first port of this host that NCCL groups may use.
-        device (`torch.device`): The GPU of rank 0.
-        patience_s (`float`): How long to wait for a server that does not answer, if it is the only one.
-        version (`str`): The version of vLLM in this process, whose code sends the weights.
-    """
+    """The servers that rank 0 sends the weights to."""
 
     def __init__(
         self, urls: Sequence[str], *, group_port: int, device: torch.device, patience_s: float, version: str

@@ -52,13 +52,7 @@ logger = logging.getLogger(__name__)
 
 class SearchVLLM(VLLMGeneration):
     """[`~trl.generation.vllm_generation.VLLMGeneration`] for rollouts. TRL's trainer builds it, inside `making_ours`.
-
-    Args:
-        lora_sync (`str`): `"merged"` or `"adapter"`.
-        adapter_dir (`Path`): The folder through which an adapter reaches a server.
-        engine_options (`dict`): Further arguments of the colocated `vllm.LLM`.
-        **kwargs: TRL's arguments; `server_base_url` may be a list of addresses.
-    """
+    `server_base_url` may be a list of addresses."""
 
     def __init__(self, *, lora_sync: str, adapter_dir: Path, engine_options: dict[str, Any], **kwargs: Any) -> None:
         refuse_quantized(kwargs["model"])

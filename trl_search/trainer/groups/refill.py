@@ -30,16 +30,9 @@ Score = Callable[[Sequence[Mapping[str, Any]], Sequence[Trajectory]], Group]
 
 
 class Refill:
-    """
-    Replaces each group of one batch on this rank until it has a gradient.
+    """Replaces each group of one batch on this rank until it has a gradient.
 
     The trajectory at index `p` in round `r` has the number `r * len(batch.rows) + p`.
-
-    Args:
-        batch ([`Rollout`]): The batch, with rows, prompts and spare questions.
-        group_size (`int`): Trajectories per group.
-        score (`Callable`): Builds a [`Group`] from the rows and trajectories of a finished group; runs in a thread.
-        finished (`Mapping[int, Trajectory]`): Trajectories of an earlier process, by number.
     """
 
     def __init__(self, batch: Rollout, *, group_size: int, score: Score, finished: Mapping[int, Trajectory]) -> None:

@@ -50,14 +50,8 @@ class PooledGroup:
 
 
 class TrajectoryPool:
-    """Runs groups of trajectories across rollouts. Call its methods from the trainer's thread, one at a time.
-
-    Args:
-        environment (`Environment`): The environment. The pool opens and closes a copy of it, because evaluations
-            between rollouts open and close the original.
-        group_size (`int`): Trajectories per group.
-        max_staleness (`int`, *optional*): Maximum rollouts from the start of a group to its use. Default: no limit.
-        device (`torch.device`, *optional*): The GPU of this process, which the pool's thread uses.
+    """Runs groups of trajectories across rollouts. Call its methods from the trainer's thread, one at a time. It opens
+    and closes a copy of the environment, because evaluations between rollouts open and close the original.
 
     Attributes:
         groups (`list[PooledGroup]`): Groups in progress, and complete ones not yet taken; oldest first.

@@ -19,13 +19,8 @@ import torch
 def llds_penalty(
     logps_BC: torch.Tensor, old_logps_BC: torch.Tensor, mask_BC: torch.Tensor, advantages_B: torch.Tensor
 ) -> torch.Tensor:
-    """The mean decrease of log-likelihood per token in the loss; a scalar with gradients to `logps_BC`.
-
-    Args:
-        logps_BC, old_logps_BC: Log-probs of the policy in training, and at sampling time.
-        mask_BC: 1 for tokens in the loss. Each run of ones is an action.
-        advantages_B: Trajectories with a negative advantage get no penalty.
-    """
+    """The mean decrease of log-likelihood per token in the loss; a scalar with gradients to `logps_BC`. Each run of
+    ones in the mask is an action; trajectories with a negative advantage get no penalty."""
     advantages_B1 = advantages_B.unsqueeze(1) if advantages_B.dim() == 1 else advantages_B
     mask_BC = mask_BC.to(logps_BC.dtype)
     fall_BC = (old_logps_BC - logps_BC) * mask_BC

@@ -135,19 +135,10 @@ class LogProbs:
         batch_size: int | None = None,
         gradient_checkpointing: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs `model`, which may be wrapped, on a padded batch.
-
-        Args:
-            model: A model prepared by `enable_scoring`, or its wrapper.
-            input_ids_BT, attention_mask_BT: Prompts padded on the left, completions on the right.
-            logits_to_keep (`int`): Columns of the completion, C; more than the mask's if TRL pads to a multiple.
-            loss_mask_BC: Completion tokens whose log-probs are needed; None for all.
-            batch_size (`int`, *optional*): Maximum rows of a padded forward; packs are limited by tokens instead.
-            gradient_checkpointing (`bool`): Whether the model's layers already rerun in the backward.
-
-        Returns:
-            Log-probs (B, C) and entropies (B, C), 0 outside the mask; None for entropies that the head lacks.
-        """
+        """Runs `model`, which `enable_scoring` prepared, on a batch of prompts padded on the left and completions
+        padded on the right, of `logits_to_keep` columns (C; more than the mask's if TRL pads to a multiple).
+        `batch_size` limits the rows of a padded forward; packs are limited by tokens. Returns log-probs and entropies
+        (B, C), 0 outside the mask; `None` for entropies that the head lacks."""
         completion_BC = attention_mask_BT[:, -logits_to_keep:]
         if loss_mask_BC is not None:
             missing = logits_to_keep - loss_mask_BC.shape[1]

@@ -29,13 +29,7 @@ USABLE = 0.8
 
 
 class RoomForPacks:
-    """The maximum tokens per pack. Memory is measured once, at the first forward with gradients.
-
-    Args:
-        model (`torch.nn.Module`): The model that is trained, on its device; its shards if it is sharded.
-        config: Its text config, from which `hidden_size`, `intermediate_size`, ... are read.
-        number_bytes (`int`): Bytes per activation: 2 in bf16 and fp16.
-    """
+    """The maximum tokens per pack. Memory is measured once, at the first forward with gradients."""
 
     def __init__(self, model: torch.nn.Module, config: Any, number_bytes: int) -> None:
         self.model, self.config, self.number_bytes = model, config, number_bytes

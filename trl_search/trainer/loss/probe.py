@@ -28,9 +28,7 @@ def probed(
     logprobs: LogProbs, wrapped: Any, model: Any, tokenizer: PreTrainedTokenizerBase, args: SearchGRPOConfig
 ) -> LogProbs:
     """Compares the log-probs of two trajectories, one of them longer than the model's window, with a plain forward.
-
-    Returns:
-        `LogProbs`: The given one; with `packed_attention="auto"`, the padded one if only packs are wrong.
+    Returns the given ones or, with `packed_attention="auto"`, the padded ones if only packs are wrong.
 
     Raises:
         UserError: if the log-probs differ by more than rounding.

@@ -44,14 +44,8 @@ class Kernels:
 def top_rows(
     rows_ND: torch.Tensor, queries_BD: torch.Tensor, k: int, *, max_norm: float, kernels: Kernels | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` best rows of each query: scores (B, k) float32 and rows (B, k) int64, ties by row. `1 <= k <= N`.
-
-    Args:
-        rows_ND (`torch.Tensor`): Stored rows: float32 or float16, on any device.
-        queries_BD (`torch.Tensor`): float32, on the same device.
-        max_norm (`float`): The largest norm of a row.
-        kernels (`Kernels`, *optional*): By default the torch implementations.
-    """
+    """The `k` best rows of each query: scores (B, k) float32 and rows (B, k) int64, ties by row. `1 <= k <= N`. Rows
+    are float32 or float16, queries float32, on the same device; `max_norm` is the largest norm of a row."""
     import torch
 
     kernels = kernels or Kernels(group_maxima, score_again)
