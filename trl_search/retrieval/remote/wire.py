@@ -1,16 +1,7 @@
 """The wire protocol of trainers for search agents, `POST /retrieve`, as pure functions for server and client.
 
-    -> {"queries": ["who founded Orlune?", "..."], "topk": 3, "return_scores": true}
-    <- {"result": [[{"document": {"id": "17", "contents": "\\"Orlune\\"\\nA town ...", "url": ""}, "score": .9}, ...]]}
-
-Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants, all of which are supported:
-
-- `{"query": "one string"}` instead of the list, as in SkyRL; the result is a list of one;
-- `{"queries": []}`, which Search-R1 sends in a turn without searches; the result is an empty list;
-- `return_scores` false or absent: the inner items are the bare documents;
-- `topk` absent or null: the server's default;
-- our documents always have a `url`, "" if the passage has none: ASearcher's client fails without it;
-- in a response, documents with `title`, `text` and `url`, and documents without an id.
+Search-R1 defined it; verl, SkyRL, slime and ASearcher copied it with variants. docs/serving.md describes those of a
+request, all of which are supported, as are responses with `title`, `text` and `url`, or without ids.
 
 Invalid messages raise a `WireError` that names the field and has an HTTP status: 400 if it is not JSON, 413 if it
 exceeds the limits, 422 if a field is missing or wrong, 502 if an answer is not of this protocol.

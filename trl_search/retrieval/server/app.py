@@ -1,19 +1,12 @@
 """The routes of a server. A request is checked in this order: token, size, form, queue.
 
-| route | answers |
-|---|---|
-| `POST /retrieve` | the wire protocol (`trl_search/retrieval/remote/wire.py`) |
-| `GET /health` | 200 while the process runs; describes what is served |
-| `GET /ready` | 200 when the index is loaded, 503 before |
-| `GET /metrics` | Prometheus (`trl_search/retrieval/server/metrics.py`) |
-
 If a token is set, `/retrieve` and `/metrics` require it; `/health` and `/ready` do not, so that a load balancer can
 use them.
 
 Errors are JSON, `{"error": "topk: must be ...", "field": "topk"}`: 401 for the token; 408, 413, 400 and 422 for the
-request itself; 404 and 405 for a path or a method that is not in this table; 422 without a field for a query that
-cannot be searched; 503 if the index is loading, the queue is full (both with `Retry-After`) or the retriever is down
-or hangs; 500 if the retriever crashed. A bug in the server is a 500 with an incident number, which the log explains.
+request itself; 404 and 405 for another path or method; 422 without a field for a query that cannot be searched; 503
+if the index is loading, the queue is full (both with `Retry-After`) or the retriever is down or hangs; 500 if the
+retriever crashed. A bug in the server is a 500 with an incident number, which the log explains.
 """
 
 from __future__ import annotations
