@@ -23,6 +23,7 @@ from trl_search.policies import probe
 from trl_search.policies.base import Turn
 from trl_search.policies.engine_thread import EngineThread, Request
 from trl_search.policies.kv_cache import SLOT_ATTENTION, SlotCache
+from trl_search.policies.stop_strings import StopStrings
 from trl_search.policies.thread_device import use_device
 from trl_search.policies.token_sampling import sample
 from trl_search.types import Completion, FinishReason, Sampling
@@ -31,8 +32,6 @@ from trl_search.types import Completion, FinishReason, Sampling
 _MAX_PREFILL_TOKENS = 16_384
 # An extra prefill forward must save this many padding tokens, about the cost of starting a forward.
 _WORTH_A_FORWARD = 256
-# A stop string begins at most this many tokens before the token that completes it.
-_STOP_TAIL_TOKENS = 32
 _REMEDY = "sample with vLLM instead (use_vllm: true in training, --backend vllm in an evaluation)"
 # Models that have passed the probe.
 _probed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -93,7 +92,7 @@ class TransformersPolicy(EngineThread):
         self.on_token: Callable[[Sequence[int]], None] | None = None
         eos = model.generation_config.eos_token_id if model.generation_config else None
         self.eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self._stop_tokens: dict[tuple[str, ...], set[int]] = {}
+        self._stops = StopStrings(tokenizer)
         self._options = {"output_router_logits": False} if probe.has_router_logits(model) else {}
         # From transformers 5.24 on, the argument is called `cache`.
         names = inspect.signature(type(probe.bare_model(model)).forward).parameters
@@ -312,7 +311,7 @@ class TransformersPolicy(EngineThread):
             self.on_token(turn.ids)
         if token in self.eos_token_ids or token in turn.request.stop_token_ids:
             reason = FinishReason.EOS
-        elif turn.request.stop and self._at_stop(turn):
+        elif self._stops.is_reached(turn.ids, turn.request.stop):
             reason = FinishReason.STOP
         elif len(turn.ids) >= turn.request.max_tokens:
             reason = FinishReason.LENGTH
@@ -320,20 +319,6 @@ class TransformersPolicy(EngineThread):
             return
         slot.turn = None
         self._finished.append((turn.request, Completion(tuple(turn.ids), tuple(turn.logprobs), reason)))
-
-    def _at_stop(self, turn: _Turn) -> bool:
-        """Whether the last token completes a stop string."""
-        stop = turn.request.stop
-        if stop not in self._stop_tokens:
-            # Byte-level vocabularies keep ASCII, so only a token with a stop's last character can complete it.
-            ends = {text[-1] for text in stop}
-            tokens = self.tokenizer.get_vocab().items() if all(end.isascii() for end in ends) else ()
-            self._stop_tokens[stop] = {i for token, i in tokens if ends & set(token)}
-        candidates = self._stop_tokens[stop]
-        if candidates and turn.ids[-1] not in candidates:
-            return False
-        tail = self.tokenizer.decode(turn.ids[-_STOP_TAIL_TOKENS:], skip_special_tokens=False)
-        return any(text in tail for text in stop)
 
 
 def why_not(model: PreTrainedModel) -> str:

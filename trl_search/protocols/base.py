@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl_search.common.errors import UserError
+from trl_search.protocols.anchor import find_anchor
 from trl_search.protocols.call_formats import HARMONY, LLAMA, CallFormat
 from trl_search.protocols.calls import looks_like_a_call
 from trl_search.protocols.control_tokens import ControlTokens
@@ -38,8 +39,6 @@ _ANSWER = "TRLSEARCHANSWER"
 _TAGS = "think|tool_call|tool_response|tools|search|information|answer"
 # Before tokenization, documents are cut to this many characters per available token, because some are whole books.
 _CHARS_PER_TOKEN = 32
-# A SentencePiece tokenizer puts a space before its input. These absorb the space, and no piece merges with them.
-_ANCHORS = ("\n", "=")
 
 
 class Protocol(abc.ABC):
@@ -101,7 +100,7 @@ class Protocol(abc.ABC):
         check_options(self.chat_template_kwargs, self.template_text)
         self._shown_tools = (self.tools or None) if self.shows_tools else None
         self._think_markers = thought_markers(self.template_text)
-        self._anchor = self._find_anchor()
+        self._anchor = find_anchor(tokenizer)
         self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe
         self._frame = self._observation_frame()
         check_prompt(self.render_messages, self._asking("TRLSEARCHQUESTION"))
@@ -317,20 +316,6 @@ class Protocol(abc.ABC):
     def _encode_start(self, text: str) -> list[int]:
         """The ids of a whole conversation that the chat template has rendered."""
         return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _find_anchor(self) -> str:
-        """The text to put before a piece, so that a SentencePiece tokenizer adds no space to the piece."""
-        first = self.tokenizer.convert_ids_to_tokens(self.tokenizer.encode("x", add_special_tokens=False)[:1])
-        if not first or not str(first[0]).startswith("\N{LOWER ONE EIGHTH BLOCK}"):
-            return ""
-        for anchor in _ANCHORS:
-            alone = self.tokenizer.encode(anchor, add_special_tokens=False)
-            if all(
-                self.tokenizer.encode(anchor + piece, add_special_tokens=False)[: len(alone)] == alone
-                for piece in ("\n", "<", "x", " x")
-            ):
-                return anchor
-        raise UserError("the tokenizer puts a space before every piece of text: set its add_prefix_space to False")
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
