@@ -54,6 +54,23 @@ def test_each_template_has_its_call_format_or_is_refused(family):
     assert protocol_of(family, "search_r1").tokenizer.eos_token_id in protocol_of(family, "search_r1").stop_token_ids
 
 
+@pytest.mark.parametrize("family", ["Kimi K2", "MiniMax-M2", "OLMo 3", "Llama Nemotron Super 1.5"])
+def test_an_unknown_format_of_calls_is_refused(family):
+    """qwen_inline was accepted, and the prompt taught the policy two formats."""
+    for name in ("qwen_tools", "qwen_inline"):
+        with pytest.raises(ValueError, match=r"writes calls in an unknown format.*: use protocol='search_r1'"):
+            protocol_of(family, name)
+    assert load_protocol("qwen_inline", FAMILIES[family].tokenizer(), tools=()).call_format.name == "hermes"
+
+
+@pytest.mark.parametrize("family", ["Kimi K2", "Llama 3", "Gemma 3"])
+def test_with_other_tools_than_search_the_remedy_is_not_a_protocol_that_refuses_them(family):
+    tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}]
+    with pytest.raises(ValueError, match="use a model whose template can") as error:
+        load_protocol("qwen_tools", FAMILIES[family].tokenizer(), tools=tools)
+    assert "search_r1" not in str(error.value)
+
+
 @pytest.mark.parametrize("family", NATIVE)
 def test_a_rendered_call_is_parsed(family):
     protocol = protocol_of(family)

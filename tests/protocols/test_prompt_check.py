@@ -21,9 +21,10 @@ ONE_QUESTION = "{% if messages | length > 1 %}{{ raise_exception('one message') 
 @pytest.mark.parametrize(
     ("template", "protocol", "told"),
     [
-        (IMAGES, "search_r1", "changes the question \\('Answer the given question.*: set another instruction"),
-        (IMAGES, "qwen_inline", "changes the question"),
-        (WITHOUT_THINK, "search_r1", r"changes the question \('inside <think> and </think> first"),
+        (IMAGES, "search_r1", "does not show the question, as those for images.*: set tokenizer.chat_template"),
+        (IMAGES, "qwen_tools", "does not show the question"),
+        (WITHOUT_THINK, "search_r1", r"\('inside <think> and </think> first.*: set an instruction without this text"),
+        (WITHOUT_THINK, "qwen_tools", "changes the question"),
         (NEEDS_TOOLS, "search_r1", r"fails on a question \('NoneType' object is not iterable\)"),
         (ONE_QUESTION, "search_r1", r"fails on a conversation of question, answer and question \(one message\)"),
         (None, "qwen_inline", "'qwen_inline' needs a chat template, .*use protocol='search_r1'"),

@@ -78,6 +78,47 @@ QWEN3_CODER = """\
 {{- '</function>\n</tool_call>' }}{% endfor %}<|im_end|>
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"""
 
+GRANITE_4 = """\
+<|start_of_role|>system<|end_of_role|>{% for t in tools or [] %}{{ t | tojson + '\n' }}{% endfor %}<|end_of_text|>
+{%- for m in messages %}
+{{- '\n<|start_of_role|>' + ('user' if m.role == 'tool' else m.role) + '<|end_of_role|>' }}
+{%- if m.role == 'tool' %}{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}{% else %}{{ m.content or '' }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>\n' + c.function | tojson + '\n</tool_call>' }}{% endfor %}
+{%- endif %}<|end_of_text|>
+{%- endfor %}{% if add_generation_prompt %}{{ '\n<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"""
+# The policy invents the id of a call, which names the tool: "functions.search:0".
+KIMI_K2 = """\
+{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '<|im_system|>tool<|im_middle|>## Return of ' + m.tool_call_id + '\n' + m.content }}
+{%- else %}{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}<|tool_calls_section_begin|><|tool_call_begin|>{{ c.id }}
+{{- '<|tool_call_argument_begin|>' + c.function.arguments | tojson + '<|tool_call_end|><|tool_calls_section_end|>' }}
+{%- endfor %}{% endif %}<|im_end|>
+{%- endfor %}{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"""
+MINIMAX_M2 = """\
+]~!b[]~b]system{% for t in tools or [] %}{{ '\n<tool>' + t | tojson + '</tool>' }}{% endfor %}[e~[
+{%- for m in messages %}
+{%- if m.role == 'tool' %}{{ '\n]~b]tool\n<response>' + m.content + '</response>[e~[' }}
+{%- else %}{{ '\n]~b]' + ('ai' if m.role == 'assistant' else m.role) + '\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<minimax:tool_call>\n<invoke name="' + c.function.name + '">' }}
+{%- for k, v in c.function.arguments.items() %}
+{{- '\n<parameter name="' + k + '">' + v | tojson + '</parameter>' }}{% endfor %}
+{{- '\n</invoke>\n</minimax:tool_call>' }}{% endfor %}[e~[
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n]~b]ai\n<think>\n' }}{% endif %}"""
+OLMO_3 = """\
+<|im_start|>system{% for t in tools or [] %}{{ '\n' + t | tojson }}{% endfor %}<|im_end|>
+{%- for m in messages %}{{ '\n<|im_start|>' + m.role + '\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<function_calls>\n' + c.function.name + '(' }}
+{%- for k, v in c.function.arguments.items() %}{{ k + '=' + v | tojson }}{% endfor %}
+{{- ')\n</function_calls>' }}{% endfor %}<|im_end|>
+{%- endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"""
+NEMOTRON_SUPER = """\
+<|begin_of_text|>{% for t in tools or [] %}{{ '<AVAILABLE_TOOLS>[' + t | tojson + ']</AVAILABLE_TOOLS>' }}{% endfor %}
+{%- for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<TOOLCALL>[' + c.function | tojson + ']</TOOLCALL>' }}{% endfor %}<|eot_id|>
+{%- endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -114,6 +155,8 @@ _GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|s
 _GPT_OSS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>", "<|endoftext|>")
 _LFM2 = (*CHATML, "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>")
 _DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+_GRANITE = ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")
+_KIMI = ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|tool_calls_section_begin|>")
 _LLAMA_BOS, _LFM2_BOS = "<|begin_of_text|>", "<|startoftext|>"
 _MISTRAL_13 = (*_MISTRAL, *_MISTRAL_REPLY, "[ARGS]", "[THINK]", "[/THINK]")
 
@@ -144,6 +187,11 @@ FAMILIES = {
     "gpt-oss": Family("gptoss", "harmony", "<|return|>", _GPT_OSS),
     "LFM2": Family("lfm2_v2", "lfm2", "<|im_end|>", _LFM2, bos=_LFM2_BOS),
     "LFM2.5": Family("lfm2_2_5", "lfm2", "<|im_end|>", _LFM2, ("<think>", "</think>"), _LFM2_BOS),
+    "Granite 4": Family(GRANITE_4, "hermes", "<|end_of_text|>", _GRANITE, QWEN_WORDS[:4]),
+    "Kimi K2": Family(KIMI_K2, None, "<|im_end|>", _KIMI),
+    "MiniMax-M2": Family(MINIMAX_M2, None, "[e~[", ("]~!b[", "]~b]", "<minimax:tool_call>"), QWEN_WORDS[4:]),
+    "OLMo 3": Family(OLMO_3, None, "<|im_end|>", CHATML),
+    "Llama Nemotron Super 1.5": Family(NEMOTRON_SUPER, None, "<|eot_id|>", _LLAMA, bos=_LLAMA_BOS),
 }
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from trl_search.common.errors import UserError
 
+_END = 10  # characters at the end of a text; a template that changes text somewhere shows them
+
 
 def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any]]) -> None:
     """Renders a question, first without and then with its system message, if there is one.
@@ -25,9 +27,14 @@ def check_prompt(render: Callable[..., str], messages: Sequence[Mapping[str, Any
         shown = render([asked], add_generation_prompt=True)
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template fails on a question ({error}): set tokenizer.chat_template") from error
+    if asked["content"].strip()[-_END:] not in shown:
+        raise UserError(
+            "the chat template does not show the question, as those for images, which want a list of parts: set "
+            "tokenizer.chat_template, or use a model for text"
+        )
     if lost := _lost(asked["content"].strip(), shown):
         raise UserError(
-            f"the chat template changes the question ({lost!r} is missing): set another instruction, or "
+            f"the chat template changes the question ({lost!r} is missing): set an instruction without this text, or "
             "tokenizer.chat_template"
         )
     if not system:

@@ -14,11 +14,12 @@ from trl_search.protocols.control_tokens import ControlTokens
 from trl_search.protocols.instructions import REPLY_TAGS
 from trl_search.protocols.tool_template import (
     CALL_ID,
-    REMEDY,
     TemplateProblem,
     ToolTemplate,
+    UnknownFormat,
     opening_of,
     probe_template,
+    remedy_for,
     write_turn,
 )
 from trl_search.types import Action, Answer, Search, ToolCall
@@ -73,7 +74,7 @@ class QwenTools(Protocol):
         if end not in ControlTokens(self.tokenizer, self.encode).ids:
             raise TemplateProblem(
                 f"the chat template does not end the assistant's turn with a control token "
-                f"({self.template.opening[:40]!r} follows a call): {REMEDY}"
+                f"({self.template.opening[:40]!r} follows a call): {remedy_for(self.tools)}"
             )
         self._end_id = end
         if "<tool_response>" not in self.template.opening:
@@ -84,7 +85,7 @@ class QwenTools(Protocol):
     def _require_template(self) -> None:
         if not self.template_text:
             raise TemplateProblem(
-                f"protocol {self.name!r} needs a chat template, but the tokenizer has none: {REMEDY}"
+                f"protocol {self.name!r} needs a chat template, but the tokenizer has none: {remedy_for(self.tools)}"
             )
 
     def show(self, messages: Sequence[Mapping[str, Any]], goes_on: bool) -> str:
@@ -130,10 +131,12 @@ class QwenInline(QwenTools):
         self._require_template()
         self.call_format = HERMES
         try:
-            taught = probe_template(self.show, self.tools).format
-        except TemplateProblem:  # the template shows no tools, so only the instruction teaches a format
+            taught = probe_template(self.show, self.tools).format if self.tools else HERMES
+        except UnknownFormat:
+            raise
+        except TemplateProblem:  # the template writes no calls, so only the instruction teaches a format
             taught = HERMES
-        if self.tools and taught is not HERMES:
+        if taught is not HERMES:
             raise TemplateProblem(
                 f"protocol 'qwen_inline' reads JSON in <tool_call>, but this chat template teaches the call format "
                 f"{taught.name!r}: use protocol='qwen_tools', or 'search_r1'"

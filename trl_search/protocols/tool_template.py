@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from trl_search.common.errors import UserError
 from trl_search.protocols.call_formats import CALL_FORMATS, CallFormat
 from trl_search.protocols.calls import call_of, read_call
+from trl_search.protocols.instructions import tool_names
 from trl_search.protocols.thoughts import written_thought
 from trl_search.protocols.turn import read_turn
 from trl_search.types import Search, ToolCall
@@ -34,11 +35,14 @@ _REPLY = 'TRLSEARCHREPLY "x"\nwith a second line'
 CALL_ID = "call00001"
 _SEARCH = re.compile(r"\bsearch\b")
 _END_OF_TURN = re.compile(r"<\|[^<>|]{1,40}\|>|</s>")
-REMEDY = "use protocol='search_r1', which needs no tools in the template, or set tokenizer.chat_template"
 
 
 class TemplateProblem(UserError):
     """The chat template cannot be used exactly. The message names the cause and the remedy."""
+
+
+class UnknownFormat(TemplateProblem):
+    """The chat template teaches the policy a format of calls that none of ours reads."""
 
 
 class CallMessage(NamedTuple):
@@ -62,6 +66,13 @@ class ToolTemplate:
     json_reply: bool  # whether the reply is inside a JSON string
 
 
+def remedy_for(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What to do if the chat template cannot be used with these tools."""
+    if any(name != "search" for name in tool_names(tools)):
+        return "use a model whose template can (docs/models.md), or set tokenizer.chat_template"
+    return "use protocol='search_r1', which needs no tools in the template, or set tokenizer.chat_template"
+
+
 def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTemplate:
     """Renders a call and its reply, and finds the format that parses the call back.
 
@@ -79,29 +90,32 @@ def probe_template(render: Render, tools: Sequence[Mapping[str, Any]]) -> ToolTe
             problem = problem or error
     if refused is not None:
         raise refused
-    raise TemplateProblem(f"the chat template fails on a tool call ({problem}): {REMEDY}") from problem
+    raise TemplateProblem(f"the chat template fails on a tool call ({problem}): {remedy_for(tools)}") from problem
 
 
 def _probe(render: Render, tools: Sequence[Mapping[str, Any]], message: CallMessage) -> ToolTemplate:
+    remedy = remedy_for(tools)
     prompt = render(call_history(_CALL, message)[:1], True)
     text = render(call_history(_CALL, message), True)
     if not all(tool["function"]["name"] in prompt for tool in tools):
-        raise TemplateProblem(f"the chat template does not show the tools to the policy: {REMEDY}")
+        raise TemplateProblem(f"the chat template does not show the tools to the policy: {remedy}")
     json_reply = _REPLY not in text
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if json_reply else _REPLY
     if text.count(reply) != 1:
-        raise TemplateProblem(f"the chat template does not show the reply of a tool to the policy: {REMEDY}")
+        raise TemplateProblem(f"the chat template does not show the reply of a tool to the policy: {remedy}")
     before, closing = text.split(reply)
     written = _policys_part(prompt, before)
+    if written is None:
+        raise TemplateProblem(f"the chat template rewrites the prompt once a tool was called: {remedy}")
     if _QUERIES[0] not in written:
-        raise TemplateProblem(f"the chat template does not write tool calls: {REMEDY}")
+        raise TemplateProblem(f"the chat template does not write tool calls: {remedy}")
     for form in CALL_FORMATS:
         if (end := _end_of_call(form, written)) is None:
             continue
         opening = written[end:].lstrip()  # the policy writes the white space before the end of its turn
         if _reads_back(form, written.removesuffix(opening)):
             return ToolTemplate(form, message, opening, closing, json_reply)
-    raise TemplateProblem(f"the chat template writes calls in an unknown format ({written[:160]!r}): {REMEDY}")
+    raise UnknownFormat(f"the chat template writes calls in an unknown format ({written[:160]!r}): {remedy}")
 
 
 def opening_of(tool: str, opening: str) -> str:
@@ -119,7 +133,9 @@ def write_turn(template: ToolTemplate, render: Render, call: ToolCall) -> str:
     history = call_history(call, template.message)
     reply = json.dumps(_REPLY, ensure_ascii=False)[1:-1] if template.json_reply else _REPLY
     before = render(history, True).split(opening_of(call.name, template.opening) + reply)[0]
-    return _policys_part(render(history[:1], True), before)
+    written = _policys_part(render(history[:1], True), before)
+    assert written is not None  # as `probe_template` found
+    return written
 
 
 def call_history(call: ToolCall, message: CallMessage) -> list[dict[str, Any]]:
@@ -150,9 +166,10 @@ def _reads_back(form: CallFormat, call: str) -> bool:
     return act is not None and act.tag == "tool_call" and read_call(act.content) == Search(_QUERIES)
 
 
-def _policys_part(prompt: str, conversation: str) -> str:
-    """The part of a conversation after its prompt. The template may drop a thought that the prompt contains."""
+def _policys_part(prompt: str, conversation: str) -> str | None:
+    """The part of a conversation after its prompt, of which the template may drop a thought; `None` if it does not
+    begin with the prompt."""
     bare = prompt.removesuffix(written_thought(prompt))
     if not conversation.startswith(bare):
-        raise TemplateProblem(f"the chat template rewrites the prompt once a tool was called: {REMEDY}")
+        return None
     return conversation.removeprefix(prompt) if conversation.startswith(prompt) else conversation.removeprefix(bare)
