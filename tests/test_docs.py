@@ -146,6 +146,14 @@ def test_named_files_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", *DOCS], ids=lambda path: path.name)
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head(path: Path) -> None:
+    """A `|` in a cell, also in code, must be written as `\\|`: otherwise the text after it is not shown."""
+    for table in re.findall(r"(?:^\|.*\n)+", BLOCK.sub("", path.read_text("utf-8")), re.MULTILINE):
+        cells = {row: len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(set(cells.values())) == 1, cells
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md", *DOCS], ids=lambda path: path.name)
 def test_modules_that_commands_run_can_be_run(path: Path) -> None:
     for name in re.findall(r"-m\s+((?:trl_search|tests|tools|benchmarks)[\w.]*)", path.read_text("utf-8")):
         module = importlib.import_module(name)
@@ -174,7 +182,8 @@ def key_table(cls: type) -> str:
         return f"`{made}`" if made != "" else '`""`'
 
     def text(field: dataclasses.Field) -> str:
-        return re.sub(r"<\w+>", r"`\g<0>`", field.metadata["help"])  # a bare tag would be invisible HTML
+        # A bare tag would be invisible HTML, and a bare | the end of the cell.
+        return re.sub(r"<[\w|]+>", r"`\g<0>`", field.metadata["help"]).replace("|", r"\|")
 
     rows = [f"| `{name}` | {default(f)} | {text(f)} |" for name, f in keys(cls).items()]
     return "\n".join(["| key | default | what it does |", "|---|---|---|", *rows])

@@ -28,6 +28,7 @@ from trl_search.cli.recipe_checks import (
     check_rewards,
     count_parameters,
 )
+from trl_search.cli.recipe_command import recipe_classes
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.recipe import recipe_values
 from trl_search.config.task import TaskArguments
@@ -137,6 +138,30 @@ def test_a_warm_start_on_own_questions_is_refused_before_the_baselines() -> None
     check = check_configuration(values, CLASSES)
     assert check.status is Status.PROBLEM and "trl-search sft" in check.said
     assert check_configuration({**values, "warm_start_steps": 0}, CLASSES).status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("train", {"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs have no effect"),
+        ("train", {"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex has no effect"),
+        ("train", {"max_tool_calling_iterations": 3}, "use max_searches"),
+        ("train", {"torch_compile": True}, "torch_compile wraps the model"),
+        ("train", {"on_collapse": "rollback"}, "needs a best checkpoint: set evaluate_every"),
+        ("train", {"evaluate_every": 5, "questions": "q.jsonl", "warm_start_steps": 0}, "needs eval_questions"),
+        ("train", {"environment": "my_agent:Library"}, "warm_start_steps shows searches"),
+        ("train", {"push_to_hub": True}, "trl-search push"),
+        ("sft", {"push_to_hub": True}, "trl-search push"),
+        ("sft", {"load_in_4bit": True}, "does not load quantized models"),
+    ],
+)
+def test_a_key_that_the_run_would_refuse_is_a_problem(command: str, options: dict[str, Any], said: str) -> None:
+    """The doctor called these recipes ready, and `train` refused them after it had loaded the data or the model."""
+    classes = recipe_classes(command)
+    recipe = {"train": "quickstart", "sft": "sft_world"}[command]
+    values = {**recipe_values([recipe], classes, command=command), **options}
+    check = check_configuration(values, classes)
+    assert check.status is Status.PROBLEM and said in check.said
 
 
 @pytest.mark.parametrize(

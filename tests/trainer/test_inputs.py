@@ -45,6 +45,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"trainer": {"environment_factory": object}}, "^environment_factory configures TRL's multi-turn rollouts"),
         ({"trainer": {"rollout_func": print}}, "^rollout_func configures TRL's multi-turn rollouts"),
         ({"repetition_penalty": 1.1}, "repetition_penalty and generation_kwargs have no effect"),
+        ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex has no effect on our rollouts"),
         ({"rewards": "exact_mach"}, "unknown reward 'exact_mach'.*em, f1, format"),
         ({"rewards": []}, "reward_funcs is empty"),
         ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations configures TRL's .*max_searches"),

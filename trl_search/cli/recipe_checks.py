@@ -26,6 +26,7 @@ from trl_search.common.hub import dataset_is_cached
 from trl_search.common.launched import launched_processes, launched_rank
 from trl_search.config.agent import SETTINGS_FILE
 from trl_search.config.recipe import build_arguments
+from trl_search.config.refused_keys import refuse_keys
 from trl_search.config.run_file import OUTPUT_DIR, absolute_folder
 from trl_search.config.searched import WORLD, resolve_searched
 from trl_search.config.task import set_names
@@ -97,7 +98,8 @@ def check_configuration(values: Mapping[str, Any], classes: Sequence[Any]) -> Ch
     anywhere = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None, "deepspeed": None, "report_to": "none"}
 
     def fit() -> str:
-        build_arguments({**values, **{key: value for key, value in anywhere.items() if key in values}}, classes)
+        here = {**values, **{key: value for key, value in anywhere.items() if key in values}}
+        refuse_keys(*build_arguments(here, classes))
         return "keys and batch sizes fit together"
 
     return _unless_refused("configuration", fit)

@@ -37,6 +37,7 @@ from trl import GRPOTrainer
 from trl_search.common.garbage import sparing_what_is_loaded
 from trl_search.config.agent import protocol_of
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.refused_keys import refuse_push
 from trl_search.environment import Environment
 from trl_search.environment.registry import described
 from trl_search.policies.loading import check_vocabulary
@@ -60,7 +61,6 @@ from trl_search.trainer.groups.question_order import KeepsOrder
 from trl_search.trainer.inputs import (
     RewardSpec,
     environment_of,
-    refuse_push,
     refuse_what_rollouts_cannot_do,
     resolve_specs,
     tokenizer_of,

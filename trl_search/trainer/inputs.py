@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from trl import ModelConfig
 
 from trl_search.common.errors import UserError
 from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.refused_keys import refuse_ignored_keys, refuse_push
 from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
 from trl_search.policies.adapters import check_adapter, refuse_adapter_folder
@@ -32,13 +32,6 @@ from trl_search.trainer.generation.vllm_backend import refuse_what_vllm_cannot_d
 logger = logging.getLogger(__name__)
 
 RewardSpec = str | Callable[..., Any]
-# Keys of TRL that only its own generation reads, and what to do instead.
-_NOT_OURS = {
-    "max_tool_calling_iterations": "use max_searches, which bounds the calls of a trajectory",
-    "cache_implementation": "leave it out; rollouts have their own cache",
-    "use_transformers_continuous_batching": "leave it out; rollouts always batch continuously (rollout_batch_size)",
-    "transformers_continuous_batching_config": "use rollout_batch_size, the number of concurrent trajectories",
-}
 
 
 def environment_of(args: Any, retriever: Any, environment: Any) -> Environment | None:
@@ -136,30 +129,7 @@ def refuse_what_rollouts_cannot_do(
     refuse_push(args.push_to_hub, args.output_dir)
     if args.process_index == 0:
         refuse_trackers(args.report_to or [], args.trackio_space_id)
-    if args.torch_compile and not args.use_vllm:
-        raise UserError(
-            "torch_compile wraps the model in a module from which rollouts cannot sample: leave it out, or generate "
-            "with vLLM (use_vllm: true)"
-        )
-    if args.repetition_penalty != 1.0 or args.generation_kwargs:
-        raise UserError("repetition_penalty and generation_kwargs have no effect on our rollouts: leave them out")
-    for name, instead in _NOT_OURS.items():
-        if getattr(args, name, None):
-            raise UserError(f"{name} configures TRL's generation, which is not used here: {instead}")
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(args.accelerator_config, name, None):
-            raise UserError(
-                f"accelerator_config {name}: true gives processes other rows than GRPO's groups need: leave it out"
-            )
-    if args.data_seed not in (None, args.seed):
-        raise UserError(
-            f"data_seed={args.data_seed} has no effect, as TRL draws the questions of GRPO with seed={args.seed}: "
-            "leave it out, or set seed"
-        )
-    if args.remove_unused_columns:
-        raise UserError(
-            "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
-        )
+    refuse_ignored_keys(args)
     adapter = kwargs.get("peft_config")
     check_adapter(model, adapter, args.beta)
     whole = isinstance(model, PreTrainedModel) and adapter is None
@@ -180,20 +150,6 @@ def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:
         raise UserError(
             f"one process cannot train on the {args.n_gpu} GPUs that it sees: start one per GPU, `accelerate launch "
             f"--num_processes {args.n_gpu} -m trl_search ...`, or show it one, CUDA_VISIBLE_DEVICES=0"
-        )
-
-
-def refuse_push(asked: bool, folder: str | None) -> None:
-    """Refuses transformers' upload, which takes every file of the run's folder but checkpoints.
-
-    Raises:
-        UserError: if it is asked for.
-    """
-    if asked:
-        raise UserError(
-            "push_to_hub uploads the whole folder of the run, with the questions, passages and texts of its "
-            f"trajectories: leave it out, and afterwards run `trl-search push {folder} owner/name`, which uploads the "
-            "model and its card"
         )
 
 
@@ -222,18 +178,3 @@ def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
             f"fsdp_state_dict_type: {saved} saves a model that transformers cannot load: set it to FULL_STATE_DICT "
             "(recipes/accelerate/fsdp2.yaml)"
         )
-
-
-def refuse_quantization(model_config: ModelConfig) -> None:
-    """Refuses the keys of TRL's `ModelConfig` for a quantized base model, which the command line does not support.
-
-    Raises:
-        UserError: if one of them is set.
-    """
-    for key in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model_config, key):
-            raise UserError(
-                f"{key}: the command line does not load quantized models; leave it out. To save memory, use LoRA on a "
-                "bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true. In Python, pass a "
-                "model loaded with a quantization_config, and a peft_config"
-            )

@@ -29,15 +29,15 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from trl_search.common.errors import UserError
 from trl_search.common.files import finite_or_none, write_json
 from trl_search.config.agent import build_environment, protocol_of
 from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.refused_keys import refuse_keys
 from trl_search.config.run_file import shown_path
 from trl_search.config.task import BASELINES, Task, TaskArguments, load_task
 from trl_search.data.scripted_players import WEAK
 from trl_search.data.world import generate_world
-from trl_search.environment.registry import ENVIRONMENTS, SEARCH, call_word, takes_retriever
+from trl_search.environment.registry import ENVIRONMENTS, call_word, takes_retriever
 from trl_search.evaluation.outcomes import RESULTS_FILE, Evaluation
 from trl_search.policies.adapters import adapter_config, check_target_modules, refuse_adapter_folder
 from trl_search.policies.loading import base_name, check_vocabulary, load_base, load_tokenizer
@@ -50,11 +50,7 @@ from trl_search.trainer.callbacks.held_out import EvaluateEvery, HeldOut, measur
 from trl_search.trainer.callbacks.progress import announce, counted
 from trl_search.trainer.groups.question_choice import check_dataset
 from trl_search.trainer.grpo import SearchGRPOTrainer
-from trl_search.trainer.inputs import (
-    refuse_one_process_for_several_gpus,
-    refuse_quantization,
-    refuse_what_rollouts_cannot_do,
-)
+from trl_search.trainer.inputs import refuse_one_process_for_several_gpus, refuse_what_rollouts_cannot_do
 from trl_search.trainer.prompts import with_prompts, with_room
 from trl_search.trainer.resume import checkpoint_to_resume, measured_before, warmed_up_model
 from trl_search.trainer.sft import warm_start
@@ -106,23 +102,15 @@ def load(arguments: TaskArguments, config: SearchGRPOConfig, model_config: Model
     Raises:
         UserError: for a mistake in the recipe.
     """
-    refuse_quantization(model_config)
+    refuse_keys(arguments, config, model_config)
     adapter = adapter_config(model_config)
     refuse_adapter_folder(base_name(model_config))
     refuse_one_process_for_several_gpus(config)
-    if config.environment != SEARCH and arguments.warm_start_steps:
-        raise UserError(
-            f"warm_start_steps shows searches, but the environment is {config.environment}: set warm_start_steps: 0"
-        )
     task = load_task(arguments, seed=config.seed, searches=takes_retriever(config.environment))
     # Both report mistakes before a model is loaded and warmed up.
     environment = build_environment(config.agent, task.retriever)
     refuse_what_rollouts_cannot_do(config, None, environment, {})
     check_dataset(config, task.train)
-    if arguments.evaluate_every and task.held_out is None:
-        raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
-    if config.on_collapse == "rollback" and not arguments.evaluate_every:
-        raise UserError("on_collapse=rollback needs a best checkpoint: set evaluate_every, which keeps one")
     folder = Path(config.output_dir or ".")
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, folder)
     name = base_name(model_config)

@@ -79,11 +79,6 @@ def test_an_engine_over_several_ranks(vllm, tmp_path):
         refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_mode="colocate", vllm_tensor_parallel_size=2))
 
 
-def test_structured_outputs_are_refused(vllm, tmp_path):
-    with pytest.raises(UserError, match="vllm_structured_outputs_regex has no effect on our rollouts"):
-        refuse_what_vllm_cannot_do(config(tmp_path, use_vllm=True, vllm_structured_outputs_regex="a+"))
-
-
 @pytest.mark.parametrize(("text", "taken"), [('{"dtype": "float32"}', True), ("dtype=float32", False), ("[1]", False)])
 def test_engine_options_are_a_json_object(tmp_path, text, taken):
     if taken:

@@ -23,6 +23,7 @@ from trl import ModelConfig
 from trl_search.common.errors import UserError
 from trl_search.common.files import write_json
 from trl_search.config.agent import SETTINGS_FILE, build_environment, protocol_of
+from trl_search.config.refused_keys import refuse_keys
 from trl_search.config.run_file import shown_path
 from trl_search.config.task import QuestionArguments, TaskArguments, load_task, searched_of
 from trl_search.data.scripted_players import scripted_trajectories
@@ -39,7 +40,7 @@ from trl_search.trainer.cold_start.arguments import ColdStartArguments
 from trl_search.trainer.cold_start.collect import Attempt, collect, missing, read_attempts
 from trl_search.trainer.cold_start.select import Rules, describe, select, write_kept
 from trl_search.trainer.cold_start.teacher import Teacher
-from trl_search.trainer.inputs import refuse_one_process_for_several_gpus, refuse_push, refuse_quantization
+from trl_search.trainer.inputs import refuse_one_process_for_several_gpus
 from trl_search.trainer.sft import SearchSFTConfig, sft_dataset, sft_rows, train
 from trl_search.trainer.tag_rows import initialise_tags, warn_of_untrained_tags
 from trl_search.types import Sampling
@@ -53,12 +54,11 @@ _DEFINING = (*(key for key in _TASK_KEYS if key not in _DESCRIBED), "temperature
 
 def run_sft(arguments: ColdStartArguments, config: SearchSFTConfig, model_config: ModelConfig) -> Path:
     """Runs a recipe of `trl-search sft`. Returns the folder of the model, or of the collection with `collect_only`."""
-    refuse_quantization(model_config)
+    refuse_keys(arguments, config, model_config)
     adapter = adapter_config(model_config)
     if not arguments.collect_only:
         refuse_adapter_folder(base_name(model_config))
         refuse_one_process_for_several_gpus(config)
-    refuse_push(config.push_to_hub, config.output_dir)
     name = base_name(model_config)
     tokenizer = load_tokenizer(
         name,

@@ -279,8 +279,6 @@ def refuse_what_vllm_cannot_do(args: SearchGRPOConfig) -> None:
         raise UserError("use_vllm=True needs vLLM: pip install 'trl-search[vllm]'")
     if problem := version_problem(vllm_version()):
         raise UserError(f"{problem}: install one of those")
-    if args.vllm_structured_outputs_regex:
-        raise UserError("vllm_structured_outputs_regex has no effect on our rollouts: leave it out")
     if args.vllm_mode == "colocate" and args.vllm_adapter_dir:
         raise UserError("vllm_adapter_dir is for vllm_mode='server'; a colocated engine needs no folder: leave it out")
     if args.vllm_mode == "colocate" and args.world_size % args.vllm_tensor_parallel_size:

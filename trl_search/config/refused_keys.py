@@ -1,0 +1,115 @@
+"""Refuses keys whose fault shows in the recipe alone, so that `trl-search doctor` names them, too.
+
+repetition_penalty: 1.1        TRL's generation reads it, our rollouts do not
+on_collapse: rollback          without evaluate_every there is no checkpoint to go back to
+load_in_4bit: true             the command line does not load quantized models
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import ModelConfig
+
+from trl_search.common.errors import UserError
+from trl_search.config.grpo import SearchGRPOConfig
+from trl_search.config.searched import WORLD
+from trl_search.config.task import TaskArguments
+from trl_search.environment.registry import SEARCH
+
+# Keys of TRL that only its own generation reads, and what to do instead.
+_NOT_OURS = {
+    "max_tool_calling_iterations": "use max_searches, which bounds the calls of a trajectory",
+    "cache_implementation": "leave it out; rollouts have their own cache",
+    "use_transformers_continuous_batching": "leave it out; rollouts always batch continuously (rollout_batch_size)",
+    "transformers_continuous_batching_config": "use rollout_batch_size, the number of concurrent trajectories",
+}
+
+
+def refuse_keys(arguments: Any, config: Any, model_config: ModelConfig) -> None:
+    """Refuses what the three parts of a recipe of `train` or `sft` show.
+
+    Raises:
+        UserError: names the key to change.
+    """
+    refuse_quantization(model_config)
+    refuse_push(config.push_to_hub, config.output_dir)
+    if isinstance(config, SearchGRPOConfig):
+        refuse_ignored_keys(config)
+    if isinstance(arguments, TaskArguments):
+        _refuse_without_evaluations(arguments, config)
+        if config.environment != SEARCH and arguments.warm_start_steps:
+            raise UserError(
+                f"warm_start_steps shows searches, but the environment is {config.environment}: "
+                "set warm_start_steps: 0"
+            )
+
+
+def _refuse_without_evaluations(arguments: TaskArguments, config: SearchGRPOConfig) -> None:
+    if arguments.evaluate_every and arguments.questions != WORLD and not arguments.eval_questions:
+        raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
+    if config.on_collapse == "rollback" and not arguments.evaluate_every:
+        raise UserError("on_collapse=rollback needs a best checkpoint: set evaluate_every, which keeps one")
+
+
+def refuse_ignored_keys(args: SearchGRPOConfig) -> None:
+    """Refuses keys of TRL that would have no effect on rollouts, or would break them.
+
+    Raises:
+        UserError: names the key to change.
+    """
+    if args.torch_compile and not args.use_vllm:
+        raise UserError(
+            "torch_compile wraps the model in a module from which rollouts cannot sample: leave it out, or generate "
+            "with vLLM (use_vllm: true)"
+        )
+    if args.repetition_penalty != 1.0 or args.generation_kwargs:
+        raise UserError("repetition_penalty and generation_kwargs have no effect on our rollouts: leave them out")
+    if args.vllm_structured_outputs_regex:
+        raise UserError("vllm_structured_outputs_regex has no effect on our rollouts: leave it out")
+    for name, instead in _NOT_OURS.items():
+        if getattr(args, name, None):
+            raise UserError(f"{name} configures TRL's generation, which is not used here: {instead}")
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise UserError(
+                f"accelerator_config {name}: true gives processes other rows than GRPO's groups need: leave it out"
+            )
+    if args.data_seed not in (None, args.seed):
+        raise UserError(
+            f"data_seed={args.data_seed} has no effect, as TRL draws the questions of GRPO with seed={args.seed}: "
+            "leave it out, or set seed"
+        )
+    if args.remove_unused_columns:
+        raise UserError(
+            "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
+        )
+
+
+def refuse_push(asked: bool, folder: str | None) -> None:
+    """Refuses transformers' upload, which takes every file of the run's folder but checkpoints.
+
+    Raises:
+        UserError: if it is asked for.
+    """
+    if asked:
+        raise UserError(
+            "push_to_hub uploads the whole folder of the run, with the questions, passages and texts of its "
+            f"trajectories: leave it out, and afterwards run `trl-search push {folder} owner/name`, which uploads the "
+            "model and its card"
+        )
+
+
+def refuse_quantization(model_config: ModelConfig) -> None:
+    """Refuses the keys of TRL's `ModelConfig` for a quantized base model, which the command line does not support.
+
+    Raises:
+        UserError: if one of them is set.
+    """
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_config, key):
+            raise UserError(
+                f"{key}: the command line does not load quantized models; leave it out. To save memory, use LoRA on a "
+                "bfloat16 base (use_peft: true, dtype: bfloat16), or gradient_checkpointing: true. In Python, pass a "
+                "model loaded with a quantization_config, and a peft_config"
+            )
