@@ -165,13 +165,9 @@ def test_modules_that_commands_run_can_be_run(path: Path) -> None:
 
 
 def keys(cls: type) -> dict[str, dataclasses.Field]:
-    """Our own fields, and TRL's fields with another default here."""
-    theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
-    return {
-        field.name: field
-        for field in dataclasses.fields(cls)
-        if field.name not in theirs or (cls is SearchGRPOConfig and field.default != theirs[field.name])
-    }
+    """Our own fields."""
+    theirs = {field.name for field in dataclasses.fields(GRPOConfig)}
+    return {field.name: field for field in dataclasses.fields(cls) if field.name not in theirs}
 
 
 def key_table(cls: type) -> str:

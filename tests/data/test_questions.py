@@ -212,6 +212,16 @@ def test_answers_joined_in_one_cell_are_reported(
     assert caplog.text.count(f"q.csv, line 2: {cell!r}; 1 of 2 rows). If these are several answers") == told
 
 
+@pytest.mark.parametrize(("cell", "told"), [("1998.0", 1), ("1998", 0), ("1.05", 0), ('["1998.0"]', 0)])
+def test_whole_numbers_as_pandas_writes_them_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cell: str, told: int
+) -> None:
+    """An answer of 1998 counted as wrong in silence."""
+    (tmp_path / "q.csv").write_text(f'question,golden_answers\nWhen?,"{cell.replace(chr(34), chr(34) * 2)}"\n')
+    load_questions(tmp_path / "q.csv")
+    assert caplog.text.count(f"with .0 (%s, line 2: {cell!r}; 1 of 1 rows)" % (tmp_path / "q.csv")) == told
+
+
 def test_golden_answers_take_precedence_over_the_reward_model(tmp_path: Path) -> None:
     row = {**SEARCH_R1, "golden_answers": ["this one"]}
     assert load_questions(write_jsonl(tmp_path / "q.jsonl", row))[0]["golden_answers"] == ["this one"]

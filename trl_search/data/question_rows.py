@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,13 @@ def joined_answers(row: Mapping[str, Any], fields: QuestionFields) -> str | None
     cell = row.get(fields.answers or "golden_answers")
     held = isinstance(cell, str) and ("|" in cell or ";" in cell) and golden_list(cell) == [cell]
     return cell if held else None
+
+
+def rounded_answer(row: Mapping[str, Any], fields: QuestionFields) -> str | None:
+    """The cell of the golden answers, if it is a whole number as pandas writes it into a column with missing values:
+    "1998.0". The answer 1998 would count as wrong. `None` otherwise."""
+    cell = row.get(fields.answers or "golden_answers")
+    return cell if isinstance(cell, str) and re.fullmatch(r"-?\d+\.0", cell.strip()) else None
 
 
 def _dig(row: Mapping[str, Any], column: str, key: str) -> Any:

@@ -24,7 +24,7 @@ from trl_search.common.table_files import FORMATS, read_rows, table_format, tabl
 from trl_search.data.evidence import EVIDENCE, EVIDENCE_COLUMNS, evidence_of
 from trl_search.data.hub_sets import HUB_SETS, is_hub_set, read_hub_set
 from trl_search.data.overlap import without_overlap
-from trl_search.data.question_rows import PASS_RATE, QuestionFields, joined_answers, question_row
+from trl_search.data.question_rows import PASS_RATE, QuestionFields, joined_answers, question_row, rounded_answer
 
 # A file with one of these names takes its data_source from its folder, as in FlashRAG's nq/test.jsonl.
 SPLITS = ("train", "dev", "validation", "test")
@@ -96,13 +96,15 @@ def load_questions(
         origin, raw = str(path), read_rows(path, choose)
     else:
         raise unknown_name("dataset", name, HUB_SETS)
-    rows, joined = [], []
+    rows, joined, rounded = [], [], []
     for index, (where, row) in enumerate(raw):
         rows.append(
             {**question_row(row, index, where, source, columns), **(evidence_of(row, where) if evidence else {})}
         )
         if cell := joined_answers(row, columns):
             joined.append(f"{where}: {cell!r:.80}")
+        if cell := rounded_answer(row, columns):
+            rounded.append(f"{where}: {cell!r:.80}")
     if not rows:
         raise UserError(f"{origin} is empty: it holds no questions")
     if joined:
@@ -111,6 +113,14 @@ def load_questions(
             "in the cell: else only the whole text counts as right",
             joined[0],
             len(joined),
+            len(rows),
+        )
+    if rounded:
+        logger.warning(
+            "one answer is a whole number with .0 (%s; %d of %d rows), as pandas writes it beside missing values. "
+            "Cells are compared as text, so the number without .0 counts as wrong: remove the .0",
+            rounded[0],
+            len(rounded),
             len(rows),
         )
     told = {name: datasets.List(datasets.Value("string")) for name in EVIDENCE} if evidence else {}
