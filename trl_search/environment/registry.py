@@ -64,7 +64,7 @@ def load_environment(
     try:
         signature.bind(**given)
     except TypeError as error:
-        raise UserError(f"environment {name!r}: {error}; its options are {signature}") from None
+        raise UserError(f"environment {name!r}: {error}; its options are: {', '.join(signature.parameters)}") from None
     known = _search_options(make)
     for key in given:
         if known and key not in known:

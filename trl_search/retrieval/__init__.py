@@ -48,11 +48,11 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         >>> retriever.search(["who founded Orlune?"], k=3)
     """
     load = RETRIEVERS.get(kind)
-    signature = inspect.signature(load).replace(return_annotation=inspect.Signature.empty)
+    signature = inspect.signature(load)
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise UserError(f"retriever {kind!r}: {error}; its options are {signature}") from None
+        raise UserError(f"retriever {kind!r}: {error}; its options are: {', '.join(signature.parameters)}") from None
     retriever = load(**{name: home_expanded(value) for name, value in options.items()})
     if not isinstance(retriever, Retriever):
         raise TypeError(f"retriever {kind!r} returned a {type(retriever).__name__}, not a Retriever")
