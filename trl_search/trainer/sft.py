@@ -56,8 +56,8 @@ class SearchSFTConfig(SFTConfig):
     padding_free: bool = key(True, "Concatenate the trajectories of a batch instead of padding them.")
     initialise_tags: bool = key(
         False,
-        "Initialise the embeddings of tags such as <tool_call> with the mean of their text's, if the checkpoint's "
-        "were never trained. A run warns about such tags at its start.",
+        "Set the embedding of each tag that the checkpoint never trained, such as <tool_call>, to the mean of the "
+        "embeddings of its text. A run warns about such tags at its start.",
     )
     merge_adapter: bool = key(
         True,

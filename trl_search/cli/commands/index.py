@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -77,9 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         make = INDEX_KINDS.get(kind)
         shared = ", ".join(f"--{option.name}" for option in fields(make) if option.name in added)
         also = f" Also {shared}, as above." if shared else ""
-        group = parser.add_argument_group(
-            f"--kind {kind}", f"The index records these options, and its searches use them.{also}"
-        )
+        said = f"The index records these options, and its searches use them.{also}"
+        group = parser.add_argument_group(f"--kind {kind}", textwrap.fill(said, 115))
         helps, hints = _documented(make), get_type_hints(make)
         for option in fields(make):
             if option.name not in added:  # several kinds may share an option

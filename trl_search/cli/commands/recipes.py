@@ -1,8 +1,10 @@
 """Lists, shows and copies the recipes that ship.
 
-trl-search recipes                         list them, one line per recipe
-trl-search recipes show qwen3b             print the file, with notes on memory, time and results
-trl-search recipes copy qwen3b mine.yaml   make a copy to edit; `trl-search train mine.yaml` runs it
+    trl-search recipes                         list them, one line per recipe
+    trl-search recipes show qwen3b             print the file, with notes on memory, time and results
+    trl-search recipes copy qwen3b mine.yaml   make a copy to edit; `trl-search train mine.yaml` runs it
+
+`trl-search train --help` and `trl-search sft --help` describe the keys of a recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from trl_search.common.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", default="list", choices=("list", "show", "copy"), metavar="ACTION")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        default="list",
+        choices=("list", "show", "copy"),
+        metavar="ACTION",
+        help="list, show or copy (default: list)",
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help="name of a recipe")
     parser.add_argument("file", nargs="?", metavar="FILE", help="path of the copy (default: NAME.yaml)")
 

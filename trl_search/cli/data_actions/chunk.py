@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, default=100, metavar="N", help="words or tokens per passage (default: 100)"
     )
     parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="words or tokens shared with the previous passage"
+        "--overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="words or tokens shared with the previous passage (default: 0)",
     )
     parser.add_argument("--tokenizer", metavar="MODEL", help="count this model's tokens instead of words")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")

@@ -54,7 +54,8 @@ class EncodingOptions:
             default as the encoder was trained.
         passage_prompt (`str`, *optional*): The same as query_prompt, for passages.
         pooling (`str`, *optional*): "mean", "cls", "max" or "lasttoken", for a checkpoint that does not define it.
-        normalize (`bool`, *optional*): Scales vectors to length 1; by default as the encoder was trained.
+        normalize (`bool`, *optional*): True scales vectors to length 1, False does not; by default as the encoder was
+            trained.
         query_encoder (`str`, *optional*): The encoder for queries, if a model has two (DPR, Dragon).
         trust_remote_code (`bool`): Runs Python code from the checkpoint. Read that code first.
     """
