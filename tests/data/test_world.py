@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -112,22 +110,6 @@ def test_bm25_finds_the_passage_of_the_first_hop_but_not_of_the_second(world: Wo
         for question, passages in zip(questions, at_once, strict=True)
     ]
     assert sum(both) < 0.15 * len(both)
-
-
-def test_a_world_is_written_as_a_corpus_and_question_sets(tmp_path: Path) -> None:
-    world = generate_world(passages=60, seed=1)
-    world.write(tmp_path / "world")
-    corpus, train, test = (
-        [json.loads(line) for line in (tmp_path / "world" / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("corpus", "train", "test")
-    )
-    assert len(corpus) == 60 and corpus[7] == {
-        "id": "7",
-        "title": world.passages[7].title,
-        "text": world.passages[7].text,
-    }
-    assert train == [question.row() for question in world.questions("train")] and test
-    assert set(train[0]) == {"id", "question", "golden_answers", "data_source", "split"}
 
 
 def test_a_world_too_small_for_comparisons_has_no_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ The split is by entity, and facts never cross it: no entity of a held-out questi
 literals such as years) appears in a training question. About 30 % of the questions take one hop, 50 % two, and 20 %
 compare two entities.
 
-Passages are rendered on demand from compact tables; `iter_passages()` and `write()` stream a million of them.
+Passages are rendered on demand from compact tables; `iter_passages()` streams a million of them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from trl_search.common.errors import UserError
-from trl_search.common.files import write_jsonl
 from trl_search.data.world_language import KINDS, LITERALS, RELATIONS, WORDS, Kind, Relation
-from trl_search.retrieval.corpus.fields import passage_row
 from trl_search.types import Passage
 
 Split = Literal["train", "test"]
@@ -153,13 +150,6 @@ class World:
         if target in LITERALS:
             return rng.choice(LITERALS[target])
         return self.entities[rng.choice(self._members[rng.choice(SPLITS)][target])].name
-
-    def write(self, folder: str | Path) -> None:
-        """Writes `corpus.jsonl` (rows `id, title, text`), `train.jsonl` and `test.jsonl` (rows as `Question.row`)."""
-        folder = Path(folder)
-        write_jsonl(folder / "corpus.jsonl", map(passage_row, self.iter_passages()))
-        for split in SPLITS:
-            write_jsonl(folder / f"{split}.jsonl", (question.row() for question in self.questions(split)))
 
     @cached_property
     def _members(self) -> dict[Split, dict[str, list[int]]]:

@@ -37,8 +37,6 @@ def open_jsonl(path: str | Path) -> Corpus:
             f"{path} cannot be read by row: unpack it (gunzip) or convert it to .jsonl first (wiki-18: trl-search "
             "data wiki18)"
         )
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: no passages; a corpus needs one at least")
     offsets = _offsets_path(path)
     if not _fresh(offsets, path):
         starts = find_lines(path)
