@@ -41,11 +41,7 @@ def wait_for(future: Future[Result]) -> Result:
 
 
 def beside_main(work: Callable[[], Result]) -> Result:
-    """Runs `work` in a thread that does not receive Ctrl-C, and returns its result.
-
-    Example:
-        >>> chat = beside_main(lambda: load_chat("runs/qwen3b", retriever))
-    """
+    """Runs `work` in a thread that does not receive Ctrl-C, and returns its result."""
     done: Future[Any] = Future()
 
     def run() -> None:

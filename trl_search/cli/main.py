@@ -32,12 +32,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line. Returns the command's exit status, or 2 for a mistake of the user.
-
-    Example:
-        >>> main(["search", "runs/index", "who wrote The Amber Mill?", "--passages_per_query", "3"])
-        0
-    """
+    """Runs one command line. Returns the command's exit status, or 2 for a mistake of the user."""
     _prepare_streams()
     if argv is None and not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs no progress bars of the libraries

@@ -31,11 +31,7 @@ from trl_search.common.errors import UserError, unknown_name
 @dataclass(frozen=True)
 class Registry:
     """Maps names to objects, which are imported on first use. Packages add names through the entry-point group, but
-    cannot replace ours.
-
-    Example:
-        >>> Registry("retriever", "trl_search.retrievers", {"bm25": "trl_search.retrieval.bm25.retriever:load"})
-    """
+    cannot replace ours."""
 
     noun: str
     group: str

@@ -13,11 +13,7 @@ GROWING_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # second
 
 
 def repeated(ask: Callable[[], Result], on: type[Exception]) -> Result:
-    """The result of `ask()`, which is tried up to three times while it raises `on`. Then raises the last error.
-
-    Example:
-        >>> repeated(lambda: client.get(url), on=httpx.TransportError)
-    """
+    """The result of `ask()`, which is tried up to three times while it raises `on`. Then raises the last error."""
     return tenacity.Retrying(stop=tenacity.stop_after_attempt(3), **_growing(on))(ask)
 
 

@@ -114,10 +114,6 @@ def scripted_trajectories(
 
     Raises:
         UserError: for an unknown player, or a share that is not positive.
-
-    Example:
-        >>> protocol = load_protocol("qwen_tools", tokenizer, instruction="")
-        >>> scripted_trajectories(world, retriever, protocol, n=1000)
     """
     for name in quality:
         if name not in PLAYERS:

@@ -67,14 +67,7 @@ class QuestionSummary:
 
 
 def summarize_questions(questions: datasets.Dataset, *, samples: int = 3, seed: int = 0) -> QuestionSummary:
-    """Computes the statistics of a set of questions.
-
-    Example:
-        >>> print(summarize_questions(load_questions("bamboogle")).describe())
-        rows                125
-          bamboogle         125
-        …
-    """
+    """Computes the statistics of a set of questions."""
     answers = questions["golden_answers"]
     chosen = sampled_rows(len(questions), samples, seed)
     keys = Counter(question_key(question) for question in questions["question"])

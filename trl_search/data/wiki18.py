@@ -116,10 +116,6 @@ def plan_wiki18(what: Sequence[str], folder: str | Path, *, endpoint: str | None
 
     Raises:
         UserError: for an unknown part, a folder that is a file, or a hub that does not answer.
-
-    Example:
-        >>> plan_wiki18(["corpus", "e5-flat"], "data/wiki18").describe()
-        'corpus    PeterJinGo/wiki-18-corpus at 69c1c00ffe7c -> data/wiki18/wiki-18.jsonl …'
     """
     folder = Path(folder).expanduser()
     for word in what:

@@ -220,10 +220,6 @@ def generate_world(passages: int = 2000, seed: int = 0, *, name_words: int = 2) 
 
     Raises:
         UserError: for too few or too many passages.
-
-    Example:
-        >>> generate_world(passages=200, seed=1) == generate_world(passages=200, seed=1)
-        True
     """
     if not MIN_PASSAGES <= passages <= MAX_PASSAGES:
         raise UserError(f"a world has at least {MIN_PASSAGES} and at most {MAX_PASSAGES:,} passages; got {passages}")

@@ -151,9 +151,6 @@ def macro(mode: str, groups: Mapping[str, Sequence[Outcome]]) -> Evaluation:
     """The averages over sets. Each set has the same weight, regardless of its size.
 
     The interval is a stratified bootstrap: the sets are fixed, and questions are resampled within each set.
-
-    Example:
-        >>> macro("search", by_dataset(outcomes)).em
     """
     answered = {name: [one for one in group if not one.failed] for name, group in groups.items()}
     failed = [one for group in groups.values() for one in group if one.failed]

@@ -42,10 +42,6 @@ def resolve_rewards(specs: str | Reward | Sequence[str | Reward]) -> list[Reward
 
     Raises:
         UserError: for an empty list, an unknown reward, or a duplicate.
-
-    Example:
-        >>> resolve_rewards(["em", my_reward])
-        [<function em>, <function my_reward>]
     """
     listed = listed_rewards(specs)
     if not listed:

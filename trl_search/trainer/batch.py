@@ -62,8 +62,7 @@ class Laps:
 
 @dataclass
 class Rollout:
-    """
-    One generation batch on this rank. Lists have one entry per trajectory, in the order of the rows.
+    """One generation batch on this rank. Lists have one entry per trajectory, in the order of the rows.
 
     | field          | set by                            | read by                                                    |
     |----------------|-----------------------------------|------------------------------------------------------------|
@@ -84,11 +83,6 @@ class Rollout:
     |                |                                   | trajectories before the selection by reward                |
 
     When refill replaces questions, it also replaces `rows` and the fields that depend on them.
-
-    Example:
-        >>> trainer.train()
-        >>> [trajectory.searches for trajectory in trainer.last_rollout.trajectories]
-        [1, 2, 0, 1]
     """
 
     rows: list[dict[str, Any]]

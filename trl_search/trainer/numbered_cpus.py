@@ -11,12 +11,7 @@ import torch
 
 @functools.cache
 def load_onto_numbered_cpus() -> None:
-    """Makes `torch.load(..., map_location="cpu:1")` work in this process: every number means the same CPU.
-
-    Example:
-        >>> load_onto_numbered_cpus()
-        >>> torch.load("optimizer.pt", map_location=torch.device("cpu", 1))
-    """
+    """Makes `torch.load(..., map_location="cpu:1")` work in this process: every number means the same CPU."""
 
     def restore(storage: Any, location: str) -> Any:
         return storage if re.fullmatch(r"cpu:\d+", location) else None

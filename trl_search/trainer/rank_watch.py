@@ -38,14 +38,7 @@ _TRAININGS = itertools.count()  # of this process; the same on all ranks, which 
 def ending_together(
     rank: int, ranks: int, *, silence_s: float = SILENCE_S, grace_s: float = GRACE_S, beat_s: float = BEAT_S
 ) -> Iterator[None]:
-    """Within the context, the death of another rank ends this process.
-
-    Example:
-        ```python
-        with ending_together(accelerator.process_index, accelerator.num_processes):
-            trainer.train()
-        ```
-    """
+    """Within the context, the death of another rank ends this process."""
     if ranks == 1:
         yield
         return

@@ -40,10 +40,6 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     Returns:
         `list[Path]`: `overview.png`, one PNG per chart, and `reflection_and_em.png` if the policy ever reflected.
-
-    Example:
-        >>> draw_figures([read_run("runs/quickstart")], Path("figures"))
-        [PosixPath('figures/overview.png'), PosixPath('figures/held-out_answers.png'), ...]
     """
     names = run_names(runs)
     charts = charts_of(runs, names)

@@ -42,8 +42,7 @@ SCRIPTS = (
 def write_report(
     runs: Sequence[Run], output: str | Path, *, max_trajectories: int = MAX_TRAJECTORIES, overwrite: bool = False
 ) -> Path:
-    """
-    Writes the report of a run, or of several runs to compare, as one HTML file.
+    """Writes the report of a run, or of several runs to compare, as one HTML file.
 
     Args:
         runs (`Sequence[Run]`): The runs. The top of the page names their half-written files.
@@ -56,10 +55,6 @@ def write_report(
 
     Raises:
         UserError: if the runs cannot be compared, or the file is not a report.
-
-    Example:
-        >>> write_report([read_run("runs/quickstart")], "report.html")
-        PosixPath('report.html')
     """
     output = Path(output)
     check_output(output, overwrite=overwrite)

@@ -115,13 +115,7 @@ class BM25Builder:
 
 
 class BM25Retriever(Retriever):
-    """Lexical search. Make one with `from_passages` (in memory), `from_index` (memory-mapped) or `load_retriever`.
-
-    Example:
-        >>> retriever = BM25Retriever.from_passages([Passage("1", "Mira Talvane", "Mira Talvane was born in Orlune.")])
-        >>> retriever.search(["where was Talvane born?", "zeppelin"], k=3)
-        [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.8...)], []]
-    """
+    """Lexical search. Make one with `from_passages` (in memory), `from_index` (memory-mapped) or `load_retriever`."""
 
     def __init__(self, engine: Engine, passages: Passages, analyzer: Analyzer) -> None:
         self.engine, self._passages, self._analyzer = engine, passages, analyzer

@@ -39,12 +39,7 @@ DEPTH = 50
 
 
 class HybridRetriever(Retriever):
-    """Searches several retrievers in parallel and fuses their rankings. For the arguments see [`load`].
-
-    Example:
-        >>> hybrid = HybridRetriever([lexical, dense], weights=[1, 2])
-        >>> hybrid.search(["where was Mira Talvane born?"], k=3)
-    """
+    """Searches several retrievers in parallel and fuses their rankings. For the arguments see [`load`]."""
 
     def __init__(
         self, retrievers: Sequence[Retriever], *, weights: Sequence[float] | None = None, depth: int = DEPTH

@@ -131,11 +131,6 @@ def load_encoder(
 
     Raises:
         UserError: if the encoder cannot be loaded, or does not define a setting that must then be passed.
-
-    Example:
-        >>> encoder = load_encoder("intfloat/e5-base-v2")
-        >>> encoder.encode_queries(["where was Mira Talvane born?"]).shape
-        (1, 768)
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype of an encoder", dtype, DTYPES)

@@ -86,11 +86,6 @@ class DenseRetriever(Retriever):
 
     Raises:
         UserError: if vectors, passages and encoder do not match.
-
-    Example:
-        >>> retriever = load_retriever("dense", passages=passages, encoder="intfloat/e5-base-v2")
-        >>> retriever.search(["where was Talvane born?"], k=1)
-        [[Passage(id='1', title='Mira Talvane', text='Mira Talvane was born in Orlune.', score=0.86...)]]
     """
 
     def __init__(self, encoder: Encoder, vectors: VectorSearch, passages: Passages) -> None:
