@@ -64,39 +64,23 @@ class Laps:
 class Rollout:
     """One generation batch on this rank. Lists have one entry per trajectory, in the order of the rows.
 
-    | field          | set by                            | read by                                                    |
-    |----------------|-----------------------------------|------------------------------------------------------------|
-    | `rows`         | `_generate_and_score_completions` | `_rollout` (starts environments), the trajectory log       |
-    | `counted_rows` | `_generate_and_score_completions` | `_calculate_rewards`, `_generate`: in an evaluation, how   |
-    |                |                                   | many rows of all ranks are not repeated to fill the batch  |
-    | `prompt_ids`   | `_rollout`                        | TRL                                                        |
-    | `trajectories` | `_rollout`                        | TRL, `_generate`, `_calculate_rewards`, the trajectory log |
-    | `loss_masks`   | `_rollout`                        | TRL, `_get_per_token_logps_and_entropies`                  |
-    | `logprobs`     | `_rollout`                        | TRL, as the log-probs at sampling time                     |
-    | `metrics`      | `_rollout`                        | `_generate`, which logs their means over all ranks         |
-    | `laps`         | every seam, at its end            | `_generate_and_score_completions`, which logs them         |
-    | `rewards_RF`   | `_calculate_rewards`              | the trajectory log                                         |
-    | `spare`        | `_generate_and_score_completions` | `_rollout`: questions for refill, by round and group       |
-    | `groups`       | `_rollout`, with refill           | `_calculate_rewards`                                       |
-    | `replaced`     | `_rollout`, with refill           | pass rates, the trajectory log                             |
-    | `asked_first`  | `_rollout`, with refill           | `_generate`: metrics describe the policy, so they use the  |
-    |                |                                   | trajectories before the selection by reward                |
-
-    When refill replaces questions, it also replaces `rows` and the fields that depend on them.
+    `_rollout` sets each field, and TRL and later seams read it, unless said otherwise. When refill replaces questions,
+    it also replaces `rows` and the fields that depend on them.
     """
 
-    rows: list[dict[str, Any]]
-    counted_rows: int | None = None  # None: all
+    rows: list[dict[str, Any]]  # set by `_generate_and_score_completions`, as are counted_rows and spare
+    counted_rows: int | None = None  # in an evaluation: rows of all ranks that do not only fill the batch; None: all
     prompt_ids: list[tuple[int, ...]] = field(default_factory=list)
     trajectories: list[Trajectory] = field(default_factory=list)
     loss_masks: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    laps: Laps = field(default_factory=Laps)
-    rewards_RF: torch.Tensor | None = None  # NaN: no reward
-    spare: list[list[Question]] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)  # at sampling time
+    metrics: dict[str, float] = field(default_factory=dict)  # `_generate` logs their means over all ranks
+    laps: Laps = field(default_factory=Laps)  # every seam ends one; `_generate_and_score_completions` logs them
+    rewards_RF: torch.Tensor | None = None  # set by `_calculate_rewards`, for the trajectory log; NaN: no reward
+    spare: list[list[Question]] = field(default_factory=list)  # questions for refill, by round and group
+    groups: list[Group] = field(default_factory=list)  # with refill, as are the next two
     replaced: dict[int, list[Group]] = field(default_factory=dict)  # by the index of their group
+    # Before the selection by reward: metrics describe the policy, so `_generate` uses these.
     asked_first: list[Trajectory] = field(default_factory=list)
 
     @property
