@@ -29,7 +29,7 @@ from trl_search.types import Answer, Completion, EndOfTurn, FinishReason
 
 
 class UserScript:
-    """A script from an import path, for the tools of an environment. `for_row` returns the policy that plays one row."""
+    """A script from an import path, for the tools of an environment. `for_row` is the policy that plays one row."""
 
     def __init__(self, path: str, environment: Environment, protocol: Protocol) -> None:
         self.path, self.environment, self.protocol = path, environment, protocol

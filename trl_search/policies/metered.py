@@ -21,11 +21,7 @@ BUSY_SHARE = 0.25
 
 
 class MeteredPolicy(Policy):
-    """Passes every request on to `policy`, and counts the requests in flight.
-
-    Attributes:
-        bubble (`float`): The share of the time from `open` to `close` with fewer than a quarter of the slots busy.
-    """
+    """Passes every request on to `policy`, and counts the requests in flight."""
 
     def __init__(self, policy: Policy, *, slots: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._policy, self._clock = policy, clock
@@ -53,6 +49,7 @@ class MeteredPolicy(Policy):
 
     @property
     def bubble(self) -> float:
+        """The share of the time from `open` to `close` with fewer than a quarter of the slots busy."""
         return self._idle_s / self._total_s if self._total_s else 0.0
 
     def _change(self, more: int) -> None:

@@ -31,23 +31,15 @@ PROJECT = "trl-search"
 
 
 class RunLog(TrainerCallback):
-    """The callback that records a run.
-
-    Attributes:
-        prompt (`str`): The first training prompt, up to the policy's first token.
-        task (`dict`): The part of `run.json` about questions, retriever and rewards. Set it before training starts.
-        environment (`dict`): The part about the environment: its tools and its own budgets.
-        agent (`dict`): The agent settings, if the trainer's configuration lacks them.
-        info (`dict`): `run.json`, once training has started; on rank 0.
-    """
+    """The callback that records a run. Set its attributes before training starts."""
 
     def __init__(self, *, model: str, protocol: str | None, method: str = GRPO) -> None:
         self.model, self.protocol, self.method = model, protocol, method
-        self.prompt = ""
-        self.task: dict[str, Any] = {}
-        self.environment: dict[str, Any] = {}
-        self.agent: dict[str, Any] = {}
-        self.info: dict[str, Any] = {}
+        self.prompt = ""  # the first training prompt, up to the policy's first token
+        self.task: dict[str, Any] = {}  # questions, retriever and rewards
+        self.environment: dict[str, Any] = {}  # its tools and its own budgets
+        self.agent: dict[str, Any] = {}  # the agent settings, if the trainer's configuration lacks them
+        self.info: dict[str, Any] = {}  # `run.json`, once training has started; on rank 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:

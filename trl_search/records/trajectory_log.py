@@ -61,20 +61,15 @@ class Replaced:
 
 
 class TrajectoryLog:
-    """Writes the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group.
-
-    Attributes:
-        step (`int`): The last step that was written.
-        table (`pyarrow.Table`, *optional*): The trajectories of that step; on rank 0.
-    """
+    """Writes the first groups of each step: up to `args.log_trajectories` trajectories, and at least one group."""
 
     def __init__(self, args: SearchGRPOConfig, tokenizer: Any, accelerator: Accelerator) -> None:
         self.folder, self.group_size = Path(args.output_dir or "."), args.num_generations or 1
         groups = max(1, args.log_trajectories // self.group_size) if args.log_trajectories else 0
         self.kept = groups * self.group_size
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        self.step = 0
-        self.table: pyarrow.Table | None = None
+        self.step = 0  # the last one that was written
+        self.table: pyarrow.Table | None = None  # the trajectories of that step; on rank 0
         self._seen = 0  # trajectories of this step so far; a step may have several rollout batches
         self._texts = TokenTexts(tokenizer)
 

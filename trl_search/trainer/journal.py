@@ -38,14 +38,10 @@ _PER_TOKEN = {"prompt_ids": "q", "ids": "q", "mask": "b", "logprobs": "d", "vers
 
 class Journal:
     """The journal of one batch on one rank. Without a path, nothing is kept; `batch` is a digest of everything that
-    shapes the batch.
-
-    Attributes:
-        finished (`dict[int, Trajectory]`): Trajectories of an earlier process, by index.
-    """
+    shapes the batch."""
 
     def __init__(self, path: Path | None, batch: str = "", *, resumed: bool = False) -> None:
-        self.finished: dict[int, Trajectory] = {}
+        self.finished: dict[int, Trajectory] = {}  # of an earlier process, by index
         self._file: TextIO | None = None
         self._told = False  # whether the warning about trajectories that cannot be kept was logged
         if path is None:

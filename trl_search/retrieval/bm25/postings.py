@@ -23,15 +23,8 @@ Array = np.ndarray[Any, Any]
 
 
 class Postings:
-    """Rows and scores of every term: those of term t are `[starts[t], starts[t + 1])`. Not thread-safe.
-
-    Args:
-        rows (`np.ndarray`): Shape (postings,): row numbers, none twice in a term.
-        scores (`np.ndarray`): Shape (postings,): float32, above 0.
-        starts (`np.ndarray`): Shape (terms + 1,).
-        passages (`int`): The number of rows.
-        backend (`str`): "numba" or "numpy".
-    """
+    """Rows (none twice in a term) and scores (float32, above 0) of every term: those of term t are
+    `[starts[t], starts[t + 1])`. Not thread-safe."""
 
     def __init__(self, rows: Array, scores: Array, starts: Array, passages: int, backend: str) -> None:
         # As plain arrays: numba is slower with subclasses such as memory maps, at every call.

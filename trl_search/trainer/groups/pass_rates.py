@@ -49,14 +49,8 @@ class Visit:
 
 
 class PassRates:
-    """
-    The last visit of every question that a run has asked, identical on all ranks.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): The training questions, with `golden_answers` and, if known, a `pass_rate`.
-
-    Attributes:
-        weights_N (`numpy.ndarray`): The relative frequency with which each question of the dataset is drawn.
+    """The last visit of every question that a run has asked, identical on all ranks. `weights_N` is the relative
+    frequency with which each question is drawn.
 
     Raises:
         UserError: if the dataset has no golden answers.

@@ -42,9 +42,6 @@ from trl_search.types import Trajectory
 class QuestionChoice:
     """Chooses the questions of each generation batch.
 
-    Attributes:
-        pass_rates ([`PassRates`], *optional*): The pass rates of the questions. None: all are drawn equally often.
-
     Raises:
         UserError: if there are no other questions to draw, or they cannot be drawn.
     """
@@ -54,6 +51,7 @@ class QuestionChoice:
         self.size = args.num_generations or 1
         self.args, self.dataset, self.protocol, self.accelerator = args, dataset, protocol, accelerator
         self._batches: Counter[int] = Counter()  # by step
+        # None: all questions are drawn equally often.
         self.pass_rates = PassRates(dataset) if args.curriculum == "pass_rate" else None
 
     def choose(self, batch: Rollout, step: int) -> None:

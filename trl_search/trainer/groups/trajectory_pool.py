@@ -52,10 +52,6 @@ class PooledGroup:
 class TrajectoryPool:
     """Runs groups of trajectories across rollouts. Call its methods from the trainer's thread, one at a time. It opens
     and closes a copy of the environment, because evaluations between rollouts open and close the original.
-
-    Attributes:
-        groups (`list[PooledGroup]`): Groups in progress, and complete ones not yet taken; oldest first.
-        rollout (`int`): The number of the current rollout.
     """
 
     def __init__(
@@ -69,8 +65,8 @@ class TrajectoryPool:
         device: torch.device | None = None,
     ) -> None:
         self.environment = copy.copy(environment)
-        self.groups: list[PooledGroup] = []
-        self.rollout = 0
+        self.groups: list[PooledGroup] = []  # in progress, or complete and not yet taken; oldest first
+        self.rollout = 0  # the number of the current one
         self._protocol, self._limits = protocol, limits
         self._group_size, self._max_staleness, self._device = group_size, max_staleness, device
         self._loop = BackgroundLoop("carried-over trajectories")
