@@ -49,11 +49,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
 def refuse_problems(values: Mapping[str, Any], classes: Sequence[Any]) -> None:
-    """Raises if this machine cannot run the recipe. Only the first process checks.
-
-    Raises:
-        UserError: with every problem and its remedy, if there is a problem.
-    """
+    """Raises `UserError` with every problem and its remedy if this machine cannot run the recipe. Only the first
+    process checks."""
     if launched_rank():
         return
     refuse(recipe_checks(values, classes))

@@ -233,11 +233,7 @@ def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
 
 
 def refuse_unnamed_code(recorded: AgentSettings) -> None:
-    """Refuses a model's settings that name an environment by import path: its publisher would choose what code runs.
-
-    Raises:
-        UserError: names the option with which the user can allow it.
-    """
+    """Refuses a model's settings that name an environment by import path: its publisher would choose what code runs."""
     if recorded.environment not in ENVIRONMENTS:
         raise UserError(
             f"the model was trained in the environment {recorded.environment}, which is an import path, not a "

@@ -120,11 +120,8 @@ def fetch(files: HubFiles, target: Path, *, endpoint: str | None = None) -> None
 
 
 def check_bytes(path: Path, expected: int) -> None:
-    """Raises if the size of a file differs from the published one. The file is kept, since it may be the user's own.
-
-    Raises:
-        UserError: if it does not have the published size.
-    """
+    """Raises `UserError` if the size of a file differs from the published one. The file is kept, since it may be the
+    user's own."""
     there = path.stat().st_size
     if there != expected:
         raise UserError(

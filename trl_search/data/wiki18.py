@@ -77,11 +77,7 @@ class Wiki18Plan:
         return made + unpacked
 
     def check_disk(self, free: int) -> None:
-        """Raises if the disk has too few free bytes (`free_bytes`) for the download.
-
-        Raises:
-            UserError: if the disk has too little room.
-        """
+        """Raises `UserError` if the disk has too few free bytes (`free_bytes`) for the download."""
         if self.disk_bytes > free:
             raise UserError(
                 f"{gb(self.disk_bytes)} of disk are needed in {self.folder} and {gb(free)} are free: take a folder on "

@@ -25,13 +25,10 @@ _KINDS = {"e5-flat": b"IxFI", "e5-hnsw": b"IHNf"}
 
 
 def check_index(path: Path, word: str) -> str:
-    """Raises if the file's header is not that of the published index, or the file is too short. Returns what was
-    checked.
+    """Raises `UserError` if there is no file, its header is not that of the published index, or it is too short.
+    Returns what was checked.
 
     The header of an HNSW file does not give its length: only the hub's listing shows that its last bytes are missing.
-
-    Raises:
-        UserError: if the file is missing or is not the published index.
     """
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what {word}")
@@ -58,12 +55,8 @@ def check_index(path: Path, word: str) -> str:
 
 
 def check_corpus(path: Path) -> str:
-    """Raises if the number of passages or the ids differ from the published corpus. Returns what was checked. The line
-    offsets are stored beside the file, because searches need them too.
-
-    Raises:
-        UserError: if the file is missing or is not the published corpus.
-    """
+    """Raises `UserError` if there is no file, or the number of passages or the ids differ from the published corpus.
+    Returns what was checked. The line offsets are stored beside the file, because searches need them too."""
     if not path.is_file():
         raise UserError(f"there is no {path}: fetch it with trl-search data wiki18 --what corpus")
     with path.open("rb") as file:

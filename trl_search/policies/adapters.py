@@ -106,11 +106,7 @@ def adapted(model: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuses adapters with which the policy in rollouts, or the saved one, would not be the one that was trained.
-
-    Raises:
-        UserError: names what to change.
-    """
+    """Refuses adapters with which the policy in rollouts, or the saved one, would not be the one that was trained."""
     if not isinstance(config, PeftConfig):
         raise UserError(f"peft_config must be a configuration of PEFT, LoraConfig(...), not {type(config).__name__}")
     if config.is_prompt_learning:
@@ -132,11 +128,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def refuse_shifted_reference(config: PeftConfig, beta: float) -> None:
-    """Refuses adapters that change their base, if there is a KL term: its reference is the model without the adapter.
-
-    Raises:
-        UserError: names what to change.
-    """
+    """Refuses adapters that change their base, if there is a KL term: its reference is the model without the adapter."""
     if not beta:
         return
     if not leaves_the_base(config):
@@ -192,11 +184,7 @@ def refuse_second_adapter(model: torch.nn.Module) -> None:
 
 
 def refuse_tied(model: Any, remedy: str) -> None:
-    """Refuses to merge an adapter of embeddings that are also the output layer: it would change both, but is in one.
-
-    Raises:
-        UserError: if the adapter is one of tied embeddings.
-    """
+    """Refuses to merge an adapter of embeddings that are also the output layer: it would change both, but is in one."""
     bare = model.get_base_model()
     if not bare.config.get_text_config().tie_word_embeddings:
         return

@@ -25,11 +25,8 @@ def server_ids(url: str, model: str | None = None) -> list[int]:
 
 
 def refuse_other_tokenizer(url: str, tokenizer: PreTrainedTokenizerBase, name: str, served: str | None = None) -> None:
-    """Refuses a server of another model. One that does not answer, or has no tokenizer, is left to the policy.
-
-    Raises:
-        UserError: if the server's ids of a text mean another text here.
-    """
+    """Refuses a server that reads ids as another text, as another model's does. One that does not answer, or has no
+    tokenizer, is left to the policy."""
     try:
         theirs = _read(tokenizer, server_ids(url, served))
     except (httpx.HTTPError, KeyError, TypeError, ValueError, OverflowError):

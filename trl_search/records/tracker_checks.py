@@ -19,11 +19,7 @@ _LOG_IN = "import sys, wandb\ntry: wandb.login(verify=False)\nexcept wandb.error
 
 
 def refuse_trackers(names: Sequence[str], trackio_space_id: str | None) -> None:
-    """Raises if a tracker is not installed or its service would refuse the run.
-
-    Raises:
-        UserError: names the tracker and the remedy.
-    """
+    """Raises `UserError` if a tracker is not installed or its service would refuse the run."""
     for name in names:
         # The callback of MLflow without the package prints a traceback when it is deleted.
         if name in ("mlflow", "dagshub") and importlib.util.find_spec("mlflow") is None:

@@ -57,11 +57,7 @@ def names_in_logs(rewards: Sequence[Any]) -> list[str]:
 
 
 def check_names(rewards: Sequence[Any]) -> None:
-    """Refuses two rewards of one name, whose means would be averaged in the logs.
-
-    Raises:
-        UserError: names them.
-    """
+    """Refuses two rewards of one name, whose means would be averaged in the logs."""
     names = names_in_logs(rewards)
     if repeated := {name for name in names if names.count(name) > 1}:
         raise UserError(

@@ -110,11 +110,7 @@ def tokenizer_of(model: str | PreTrainedModel, args: SearchGRPOConfig, given: An
 def refuse_what_rollouts_cannot_do(
     args: SearchGRPOConfig, model: Any, environment: Environment, kwargs: Mapping[str, Any]
 ) -> None:
-    """Refuses options that would have no effect or would fail in the first rollout.
-
-    Raises:
-        UserError: names the option to change.
-    """
+    """Refuses options that would have no effect or would fail in the first rollout."""
     if args.search_floor_steps and not environment.tools:
         raise UserError(
             f"search_floor_steps={args.search_floor_steps} gives no reward without a tool call, but "
@@ -141,11 +137,7 @@ def refuse_what_rollouts_cannot_do(
 
 
 def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:
-    """Refuses what TRL's trainers refuse, but before the model is loaded and warmed up.
-
-    Raises:
-        UserError: if this process sees several GPUs and no launcher started it.
-    """
+    """Refuses several GPUs in one process, as TRL's trainers do, but before the model is loaded and warmed up."""
     if args.n_gpu > 1:
         raise UserError(
             f"one process cannot train on the {args.n_gpu} GPUs that it sees: start one per GPU, `accelerate launch "
@@ -154,11 +146,8 @@ def refuse_one_process_for_several_gpus(args: TrainingArguments) -> None:
 
 
 def refuse_what_fsdp_cannot_do(args: SearchGRPOConfig) -> None:
-    """Checks FSDP's settings, from the environment variables of `accelerate launch` or from `args.fsdp`.
-
-    Raises:
-        UserError: names the option to change.
-    """
+    """Refuses what does not work of FSDP's settings, from the environment variables of `accelerate launch` or from
+    `args.fsdp`."""
     if args.fsdp_plugin_args is not None:
         version, saved = args.fsdp_plugin_args["fsdp_version"], args.fsdp_plugin_args["state_dict_type"]
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

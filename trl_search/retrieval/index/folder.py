@@ -179,11 +179,8 @@ def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) 
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads `manifest.json`. Raises if it is missing, or has a format that this version cannot read.
-
-    Raises:
-        IndexFolderError: if the folder holds no finished index of this format.
-    """
+    """Reads `manifest.json`. Raises `IndexFolderError` if it is missing, damaged, or has a format that this version
+    cannot read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise IndexFolderError(f"there is no index folder {folder}; build it with: {_command(folder)}")

@@ -57,11 +57,7 @@ class ServerConfig:
 
 
 def need_packages(*, on_ray: bool = False) -> None:
-    """Raises if a package is missing, before anything is started.
-
-    Raises:
-        UserError: the message names the packages and the extra to install.
-    """
+    """Raises `UserError` if a package is missing, before anything is started."""
     wanted, extra = (("ray", *_PACKAGES), "ray") if on_ray else (_PACKAGES, "server")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
