@@ -233,7 +233,7 @@ def asked(trained: AgentSettings, options: Mapping[str, Any]) -> AgentSettings:
 
 
 def refuse_unnamed_code(recorded: AgentSettings) -> None:
-    """Refuses a model's settings that name an environment by import path: its publisher would choose what code runs."""
+    """Refuses a model's settings that name an environment by import path: its publisher would choose what runs."""
     if recorded.environment not in ENVIRONMENTS:
         raise UserError(
             f"the model was trained in the environment {recorded.environment}, which is an import path, not a "

@@ -128,7 +128,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def refuse_shifted_reference(config: PeftConfig, beta: float) -> None:
-    """Refuses adapters that change their base, if there is a KL term: its reference is the model without the adapter."""
+    """Refuses adapters that change the base if there is a KL term: its reference is the model without the adapter."""
     if not beta:
         return
     if not leaves_the_base(config):
@@ -184,7 +184,7 @@ def refuse_second_adapter(model: torch.nn.Module) -> None:
 
 
 def refuse_tied(model: Any, remedy: str) -> None:
-    """Refuses to merge an adapter of embeddings that are also the output layer: it would change both, but is in one."""
+    """Refuses to merge an adapter of embeddings that are the output layer too: it would change both, but is in one."""
     bare = model.get_base_model()
     if not bare.config.get_text_config().tie_word_embeddings:
         return
