@@ -35,7 +35,7 @@ def test_servers_of_a_recipe():
     ("version", "here", "status"),
     [
         ("0.32.0", "0.32.0+cpu", "ok"),
-        ("0.33.0", "0.33.0", "warning"),
+        ("0.34.0", "0.34.0", "warning"),
         ("0.25.1", "0.31.0", "warning"),
         ("0.25.1", None, "problem"),
     ],

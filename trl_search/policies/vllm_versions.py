@@ -7,7 +7,7 @@ import contextlib
 from packaging.version import InvalidVersion, Version
 
 # The first version that TRL 1.16 supports, and the last one that was tested (TRL warns above 0.31).
-VLLM_VERSIONS = ("0.22.0", "0.32.0")
+VLLM_VERSIONS = ("0.22.0", "0.33.0")
 # Since this version, a server is asked in another way to join an NCCL group (vllm-project/vllm#50902).
 _JOINS_ANOTHER_WAY = Version("0.28.0")
 

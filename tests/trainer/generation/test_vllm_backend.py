@@ -61,7 +61,7 @@ def test_without_vllm_the_error_names_the_extra(monkeypatch, tmp_path, random_mo
 
 
 @pytest.mark.parametrize(
-    ("version", "taken"), [("0.22.0", True), ("0.32.0+cpu", True), ("0.21.9", False), ("0.32.1", False)]
+    ("version", "taken"), [("0.22.0", True), ("0.33.0+cpu", True), ("0.21.9", False), ("0.33.1", False)]
 )
 def test_supported_vllm_versions(monkeypatch, vllm, tmp_path, version, taken):
     monkeypatch.setattr(vllm_backend, "vllm_version", lambda: version)
@@ -69,7 +69,7 @@ def test_supported_vllm_versions(monkeypatch, vllm, tmp_path, version, taken):
     if taken:
         refuse_what_vllm_cannot_do(arguments)
     else:
-        with pytest.raises(UserError, match=rf"vLLM {version} is outside 0.22.0 to 0.32.0.*install one of those"):
+        with pytest.raises(UserError, match=rf"vLLM {version} is outside 0.22.0 to 0.33.0.*install one of those"):
             refuse_what_vllm_cannot_do(arguments)
 
 
