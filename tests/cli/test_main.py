@@ -340,6 +340,9 @@ def test_a_log_has_no_progress_bars_and_no_needless_warning_of_libraries(command
     lines += ("    Dataset.from_dict({'a': [1]}).map(lambda row: row)",)
     if importlib.util.find_spec("deepspeed"):  # it warns that there is no GPU
         lines += ("    import deepspeed.accelerator as found", "    found.get_accelerator()")
+    lines += ("    import trl.import_utils as found",)  # it warns of vLLM above 0.31
+    lines += ("    found._is_package_available = lambda *name, **options: (True, '0.33.0')",)
+    lines += ("    found.is_vllm_available()",)
     lines += ("    return 0",)
     write(commands, "maps", "\n".join(('"""Maps."""', *lines)))
     program = f"""

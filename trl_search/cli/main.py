@@ -14,6 +14,7 @@ import logging
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs no progress bars of the libraries
     # DeepSpeed, if it is installed, warns on every machine without a GPU. `doctor` says that, too.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    # TRL warns of vLLM above 0.31 five times per process. policies/vllm_versions.py has those that were tested.
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = bool(os.environ.get("TRL_SEARCH_DEBUG"))
     # Only before the command's name: after it, `--debug` is a key of transformers' TrainingArguments.
