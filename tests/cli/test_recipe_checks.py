@@ -123,6 +123,20 @@ def test_batches_that_do_not_divide() -> None:
     assert check_configuration({**values, "num_generations": 7}, CLASSES).status is Status.PROBLEM
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"optim": "paged_lion_8bit"}, "optim: paged_lion_8bit: You need to install `bitsandbytes`"),
+        ({"optim": "galore_adamw"}, "optim: galore_adamw: You need to install `galore_torch`"),
+        ({"optim": "grokadamw"}, "optim: grokadamw: Please install grokadamw"),
+        ({"optim_args": "betas"}, "optim: adamw_torch_fused does not take optim_args: betas (not enough"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_named(keys: dict[str, str], said: str) -> None:
+    check = check_configuration({**recipe_values(["quickstart"], CLASSES, command="train"), **keys}, CLASSES)
+    assert check.status is Status.PROBLEM and check.said.startswith(said)
+
+
 def test_under_a_launcher_the_checks_do_not_connect_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first rank checks. Built for any machine, its arguments would connect it over gloo, not NCCL."""
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -185,10 +199,10 @@ def test_packages_behind_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         "use_vllm: true needs vllm: pip install 'trl-search[vllm]'",
         "report_to: wandb needs wandb: pip install 'trl-search[wandb]'",
     ]
-    assert list(check_packages({"report_to": "none", "retriever": "bm25", "optim": "adamw_torch_8bit"})) == []
-    said = [check.said for check in check_packages({"report_to": "wandbb", "optim": "paged_lion_8bit"})]
+    assert list(check_packages({"report_to": "none", "retriever": "bm25"})) == []
+    said = [check.said for check in check_packages({"report_to": "wandbb", "use_liger_kernel": True})]
     assert said[0].startswith("unknown report_to 'wandbb': did you mean 'wandb'") and len(said) == 2
-    assert said[1] == "optim: paged_lion_8bit needs bitsandbytes"
+    assert said[1] == "use_liger_kernel: true needs liger-kernel"
     (check,) = check_packages({"report_to": ["mlflow"]})
     assert check.said.startswith("report_to: mlflow needs mlflow: pip install mlflow")
 

@@ -42,8 +42,6 @@ from trl_search.records.tracker_checks import refuse_trackers
 
 GIB = 2**30
 _TRACKERS = ("wandb", "trackio", "tensorboard")
-# Parts of the names of optimizers that bitsandbytes implements.
-_OF_BITSANDBYTES = ("bnb", "8bit", "paged", "lion", "ademamix")
 _TIMEOUT_S = 5.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
@@ -154,24 +152,14 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
             yield package_problem(key, module, extra)
         else:
             yield Check("packages", Status.OK, f"{module}, for {key}")
-    for key, module, package in _packages_of_others(values):
-        if importlib.util.find_spec(module) is None:
-            yield Check("packages", Status.PROBLEM, f"{key} needs {package}", f"pip install {package}")
+    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        said = "use_liger_kernel: true needs liger-kernel"
+        yield Check("packages", Status.PROBLEM, said, "pip install liger-kernel")
 
 
 def _tracker(name: str, values: Mapping[str, Any]) -> str:
     refuse_trackers([name], values.get("trackio_space_id"))
     return f"report_to: {name}"
-
-
-def _packages_of_others(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Packages that no extra installs, and that transformers misses only once the model is loaded: the key, the module
-    and the package."""
-    if values.get("use_liger_kernel"):
-        yield "use_liger_kernel: true", "liger_kernel", "liger-kernel"
-    optimizer = str(getattr(values.get("optim"), "value", values.get("optim")) or "")
-    if not optimizer.startswith("adamw_torch") and any(part in optimizer for part in _OF_BITSANDBYTES):
-        yield f"optim: {optimizer}", "bitsandbytes", "bitsandbytes"
 
 
 def check_model_is_there(name: str | None) -> Check:

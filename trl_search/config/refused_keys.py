@@ -3,12 +3,15 @@
 repetition_penalty: 1.1        TRL's generation reads it, our rollouts do not
 on_collapse: rollback          without evaluate_every there is no checkpoint to go back to
 load_in_4bit: true             the command line does not load quantized models
+optim: galore_adamw            its package is not installed
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig
 
 from trl_search.common.errors import UserError
@@ -34,6 +37,8 @@ def refuse_keys(arguments: Any, config: Any, model_config: ModelConfig) -> None:
     """
     refuse_quantization(model_config)
     refuse_push(config.push_to_hub, config.output_dir)
+    if not getattr(arguments, "collect_only", False):
+        refuse_optimizer(config)
     if isinstance(config, SearchGRPOConfig):
         refuse_ignored_keys(config)
     if isinstance(arguments, TaskArguments):
@@ -84,6 +89,27 @@ def refuse_ignored_keys(args: SearchGRPOConfig) -> None:
         raise UserError(
             "remove_unused_columns=True removes columns that the environment and the rewards read: set it to false"
         )
+
+
+def refuse_optimizer(args: TrainingArguments) -> None:
+    """Refuses what transformers refuses when it makes the optimizer, after the model is loaded.
+
+    Raises:
+        UserError: if the optimizer is not installed, or does not take `optim_args`.
+    """
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except Exception as error:  # each optimizer raises its own
+        if isinstance(error, ValueError) and "need to pass a" in str(error):  # GaLore, Apollo and LOMO need the model
+            return
+        name = OptimizerNames(args.optim).value
+        if args.optim_args:
+            raise UserError(
+                f"optim: {name} does not take optim_args: {args.optim_args} ({error}); write name=value,name=value"
+            ) from error
+        raise UserError(f"optim: {name}: {error}") from error
 
 
 def refuse_push(asked: bool, folder: str | None) -> None:

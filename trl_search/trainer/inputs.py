@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl_search.common.errors import UserError
 from trl_search.config.agent import build_environment, settings_in
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.refused_keys import refuse_ignored_keys, refuse_push
+from trl_search.config.refused_keys import refuse_ignored_keys, refuse_optimizer, refuse_push
 from trl_search.environment import Environment, check_environment
 from trl_search.environment.registry import SEARCH, name_of
 from trl_search.policies.adapters import check_adapter, refuse_adapter_folder
@@ -126,6 +126,8 @@ def refuse_what_rollouts_cannot_do(
     if args.process_index == 0:
         refuse_trackers(args.report_to or [], args.trackio_space_id)
     refuse_ignored_keys(args)
+    if not kwargs.get("optimizers") and not kwargs.get("optimizer_cls_and_kwargs"):
+        refuse_optimizer(args)
     adapter = kwargs.get("peft_config")
     check_adapter(model, adapter, args.beta)
     whole = isinstance(model, PreTrainedModel) and adapter is None
