@@ -25,7 +25,7 @@ from trl_search.common.errors import UserError
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
-from trl_search.trainer.resumed_rate import ResumesRate
+from trl_search.trainer.resumed_optimizer import ResumesOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MAX_ROLLBACKS = 2
 FACTOR = 0.5
 
 
-class RollsBack(ResumesRate):
+class RollsBack(ResumesOptimizer):
     """A mixin that rolls back after a collapse. List it before TRL's trainer."""
 
     _buffered_inputs: Any

@@ -38,7 +38,7 @@ from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
-from trl_search.trainer.resumed_rate import ResumesRate
+from trl_search.trainer.resumed_optimizer import ResumesOptimizer
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class SearchSFTConfig(SFTConfig):
         check_sft_keys(self)
 
 
-class _SFTTrainer(ResumesRate, FiniteSteps, SFTTrainer):
+class _SFTTrainer(ResumesOptimizer, FiniteSteps, SFTTrainer):
     pass
 
 

@@ -1,6 +1,8 @@
-"""The learning rate of a resumed run."""
+"""The settings and the learning rate of a resumed run's optimizer."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -9,14 +11,26 @@ from tests.support.scripted_trainer import four_ways, scripted_trainer
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-@pytest.mark.parametrize(("rate", "told"), [(1e-2, 0), (5e-3, 1)])
-def test_another_learning_rate_has_no_effect_at_a_resume_and_this_is_said(
-    tmp_path, random_model, tokenizer, caplog, rate, told
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("learning_rate", 5e-3, "learning_rate: 0.005 has no effect: a resumed run .* of its checkpoint, 0.01. To"),
+        ("weight_decay", 0.1, r"weight_decay: 0.1 has no effect.*, 0.0. To"),
+        ("adam_beta2", 0.95, r"adam_beta1 and adam_beta2: \(0.9, 0.95\) has no effect.*, \(0.9, 0.999\). To"),
+        ("adam_epsilon", 1e-6, r"adam_epsilon: 1e-06 has no effect.*, 1e-08. To"),
+    ],
+)
+def test_other_settings_of_the_optimizer_have_no_effect_at_a_resume_and_this_is_said(
+    tmp_path, random_model, tokenizer, caplog, key, value, told
 ):
-    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=1, **SAVING).train()
-    resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=2, learning_rate=rate, **SAVING)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert caplog.text.count("has no effect: a resumed run continues with that of its checkpoint, 0.01.") == told
+    options = {**SAVING, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=1, **options).train()
+    options |= {"max_steps": 2}
+    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, **options).train(resume_from_checkpoint="last")
+    assert "has no effect" not in caplog.text
+    changed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, **options | {key: value})
+    changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert re.search(told, caplog.text) and caplog.text.count("has no effect") == 1
 
 
 def rates(trainer):

@@ -1,4 +1,5 @@
-"""The learning rate of a resumed run: that of its checkpoint, on this run's schedule. Warns where the two differ.
+"""The optimizer of a resumed run: its state and settings are the checkpoint's, its learning rates follow this run's
+schedule. Warns where the two differ.
 
     max_steps 4, linear:  1  .75  .5  .25  0       a finished run
     max_steps 8, linear:                   .5  .375  .25  .125    resumed
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
+# Adam's settings in a checkpoint, and the keys that set them.
+_KEYS = {"weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
 
-class ResumesRate(Trainer):
-    """A mixin that warns if a resumed run has another learning rate or schedule than its checkpoint. List it before
+
+class ResumesOptimizer(Trainer):
+    """A mixin that warns if a run has other settings of the optimizer than the checkpoint it resumes. List it before
     TRL's trainer."""
 
     _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
@@ -34,25 +38,36 @@ class ResumesRate(Trainer):
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        ours = [dict(group) for group in getattr(self.optimizer, "param_groups", ())]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._warn_of_another_rate()
+            self._warn_of_other_settings(ours)
             self._continue_on_this_schedule(checkpoint)
 
     def _possible_rates(self) -> set[float]:
         """The peak learning rates that a checkpoint of this run can have."""
         return set(self._peak_rates or [self.args.learning_rate])
 
-    def _warn_of_another_rate(self) -> None:
-        groups = getattr(self.optimizer, "param_groups", ())
-        others = {group.get("initial_lr", group["lr"]) for group in groups} - self._possible_rates()
-        if others and self.is_world_process_zero():
-            logger.warning(
-                "learning_rate=%g has no effect: a resumed run continues with that of its checkpoint, %s. To train on "
-                "with another one, start a new run with the checkpoint as model_name_or_path",
-                self.args.learning_rate,
-                ", ".join(f"{rate:g}" for rate in sorted(others)),
-            )
+    def _warn_of_other_settings(self, ours: Sequence[Mapping[str, Any]]) -> None:
+        """Warns of the settings that loading the checkpoint has replaced."""
+        loaded = getattr(self.optimizer, "param_groups", ())
+        replaced: dict[str, tuple[Any, Any]] = {}
+        for group, before in zip(loaded, ours, strict=False):
+            for name, key in _KEYS.items():
+                if group.get(name) != before.get(name):
+                    replaced.setdefault(key, (before.get(name), group.get(name)))
+        others = {group.get("initial_lr", group["lr"]) for group in loaded} - self._possible_rates()
+        if others:
+            replaced["learning_rate"] = (self.args.learning_rate, ", ".join(f"{rate:g}" for rate in sorted(others)))
+        for key, (given, theirs) in replaced.items():
+            if self.is_world_process_zero():
+                logger.warning(
+                    "%s: %s has no effect: a resumed run continues with that of its checkpoint, %s. To train on with "
+                    "another one, start a new run with the checkpoint as model_name_or_path",
+                    key,
+                    given,
+                    theirs,
+                )
 
     def _continue_on_this_schedule(self, checkpoint: str) -> None:
         """Sets the learning rates to those of this run's schedule, from which another max_steps can differ."""
