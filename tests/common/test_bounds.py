@@ -9,8 +9,8 @@ from trl_search.common.bounds import (
     check_at_least,
     check_minima,
     check_not_negative,
-    check_part,
     check_positive,
+    check_positive_share,
     check_share,
 )
 from trl_search.common.errors import UserError
@@ -30,7 +30,7 @@ def test_numbers_outside_of_their_bounds_are_named() -> None:
     check_positive(timeout_s=0.1, k1=None)
     check_not_negative(k1=0, temperature=None)
     check_share(b=0, share=1.0, min_p=None)
-    check_part(top_p=1.0)
+    check_positive_share(top_p=1.0)
     with pytest.raises(UserError, match="limit=0 must be at least 1"):
         check_at_least(1, depth=1, limit=0)
     for value in (0, -1, math.inf, math.nan):
@@ -41,7 +41,7 @@ def test_numbers_outside_of_their_bounds_are_named() -> None:
             check_not_negative(k1=value)
     for value in (0, 1.1, math.nan, None):
         with pytest.raises(UserError, match=f"top_p={value} must be more than 0 and at most 1"):
-            check_part(top_p=value)
+            check_positive_share(top_p=value)
     for value in (-0.1, 1.1, math.nan):
         with pytest.raises(UserError, match=f"share={value} must be a number from 0 to 1"):
             check_share(share=value)

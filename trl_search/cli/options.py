@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trl_search.common.bounds import check_not_negative, check_part
+from trl_search.common.bounds import check_not_negative, check_positive_share
 from trl_search.common.errors import UserError
 from trl_search.common.files import parse_object
 from trl_search.common.launched import launched_rank
@@ -100,7 +100,7 @@ def sampling_of(args: argparse.Namespace, *, seed: int = 0) -> Sampling:
     from trl_search.types import Sampling
 
     check_not_negative(temperature=args.temperature, top_k=args.top_k)
-    check_part(top_p=args.top_p)
+    check_positive_share(top_p=args.top_p)
     return Sampling(args.temperature, args.top_p, args.top_k, seed=seed)
 
 

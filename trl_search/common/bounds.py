@@ -51,7 +51,7 @@ def check_share(**values: float | None) -> None:
             raise UserError(f"{name}={value} must be a number from 0 to 1")
 
 
-def check_part(**values: float | None) -> None:
+def check_positive_share(**values: float | None) -> None:
     """Raises `UserError` for a value that is not a number above 0 and at most 1, or is `None`."""
     for name, value in values.items():
         if value is None or not 0 < value <= 1:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from trl_search.common.bounds import check_minima, check_part, check_share
+from trl_search.common.bounds import check_minima, check_positive_share, check_share
 from trl_search.common.errors import UserError, unknown_name
 
 CHOICES = {
@@ -116,7 +116,7 @@ def check_trls_keys(args: Any) -> None:
             f"vllm_importance_sampling_clip_max={args.vllm_importance_sampling_clip_max} must be more than 0: at 0, "
             "no token would be trained on"
         )
-    check_part(top_entropy_quantile=args.top_entropy_quantile, top_p=args.top_p)
+    check_positive_share(top_entropy_quantile=args.top_entropy_quantile, top_p=args.top_p)
     if not 0 < args.temperature < math.inf:
         raise UserError(
             f"temperature={args.temperature} must be more than 0: GRPO compares the different trajectories of a group"

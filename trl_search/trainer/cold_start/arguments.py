@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trl_search.common.bounds import check_minima, check_not_negative, check_part, check_share
+from trl_search.common.bounds import check_minima, check_not_negative, check_positive_share, check_share
 from trl_search.common.errors import UserError
 from trl_search.config.agent import AgentSettings
 from trl_search.config.key_docs import key
@@ -67,9 +67,9 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         check_minima(self, samples_per_question=1, keep_per_question=1, rollout_batch_size=1)
         check_minima(self, max_train_questions=1, min_searches=0)
         check_not_negative(temperature=self.temperature)
-        check_part(top_p=self.top_p)
+        check_positive_share(top_p=self.top_p)
         if self.min_f1 is not None:
-            check_part(min_f1=self.min_f1)
+            check_positive_share(min_f1=self.min_f1)
         check_share(max_failed_share=self.max_failed_share)
         played = self.teacher_is_scripted or self.demonstrations > 0
         if self.script is not None:
