@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.support.scripted_trainer import four_ways, scripted_trainer
+from trl_search.common.errors import UserError
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
@@ -31,6 +32,15 @@ def test_other_settings_of_the_optimizer_have_no_effect_at_a_resume_and_this_is_
     changed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, **options | {key: value})
     changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert re.search(told, caplog.text) and caplog.text.count("has no effect") == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw_torch", "adafactor"), ("sgd", "adamw_torch")])
+def test_the_checkpoint_of_another_optimizer_is_refused(tmp_path, random_model, tokenizer, first, then):
+    """The first step ended with a KeyError, after its rollout."""
+    scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=1, optim=first, **SAVING).train()
+    resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=2, optim=then, **SAVING)
+    with pytest.raises(UserError, match=f"optim: {then} cannot continue this checkpoint, .*with the optim"):
+        resumed.train(resume_from_checkpoint="last")
 
 
 def rates(trainer):

@@ -17,6 +17,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
+
+from trl_search.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +44,21 @@ class ResumesOptimizer(Trainer):
         ours = [dict(group) for group in getattr(self.optimizer, "param_groups", ())]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._refuse_another_optimizer(ours)
             self._warn_of_other_settings(ours)
             self._continue_on_this_schedule(checkpoint)
+
+    def _refuse_another_optimizer(self, ours: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses a checkpoint without the settings of this optimizer, which the first step would miss after its
+        rollout."""
+        loaded = getattr(self.optimizer, "param_groups", ())
+        missing = [name for group, before in zip(loaded, ours, strict=False) for name in before if name not in group]
+        if missing:
+            raise UserError(
+                f"optim: {OptimizerNames(self.args.optim).value} cannot continue this checkpoint, which another "
+                f"optimizer wrote ({missing[0]} is missing): resume with the optim of the first run, or start a new "
+                "run with the checkpoint as model_name_or_path"
+            )
 
     def _possible_rates(self) -> set[float]:
         """The peak learning rates that a checkpoint of this run can have."""
