@@ -25,6 +25,7 @@ from trl_search.common.errors import UserError
 from trl_search.records.rollbacks import record_rollback, rollbacks_of
 from trl_search.trainer.callbacks.alarms import CollapseAlarm
 from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
+from trl_search.trainer.resumed_adapter import refuse_another_adapter
 from trl_search.trainer.resumed_optimizer import ResumesOptimizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class RollsBack(ResumesOptimizer):
         if resume_from_checkpoint is None:  # transformers leaves this key of the configuration to scripts
             resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder)
+        refuse_another_adapter(self.model, checkpoint)
         if self.is_world_process_zero():
             warn_of_missing_optimizer(checkpoint)
         if getattr(self.args, "on_collapse", "warn") != "rollback":
