@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_wandb_with_a_key_or_offline_is_fine(name: str, value: str, monkeypatch:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv(name, value)
     refuse_trackers(["wandb"], None)
+
+
+def test_a_key_that_is_only_in_this_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    if "prompt" not in inspect.signature(wandb.login).parameters:
+        pytest.skip("needs wandb 0.31")
+    monkeypatch.setenv("WANDB_SILENT", "true")  # else it asks its server who the user is
+    wandb.teardown()  # reads the variable again
+    wandb.login(key=KEY, verify=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "another"))
+    try:
+        refuse_trackers(["wandb"], None)
+    finally:
+        wandb.teardown()
+        wandb.sdk.lib.wbauth.unauthenticate_session(update_settings=False)
+    _refuse_wandb_without_key.cache_clear()
+    with pytest.raises(UserError, match="wandb login"):
+        refuse_trackers(["wandb"], None)
 
 
 def test_a_space_of_trackio_needs_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
