@@ -52,7 +52,7 @@ def _refuse_wandb_without_key() -> None:
         text=True,
     )
     if asked.returncode and not _is_logged_in_here():
-        said = asked.stderr.strip()[-300:]
+        said = " ".join(asked.stderr.split())[-300:]
         raise UserError(f"report_to: wandb: {said} Or set WANDB_MODE=offline, or --report_to none")
 
 
