@@ -210,6 +210,10 @@ def test_many_queries_are_sent_in_few_requests(
     found = retriever.search([f"word{row}" for row in range(11)], 1)
     assert [passages[0].id for passages in found] == [f"p{row}" for row in range(11)]
     assert [len(one.body.splitlines()) for one in server.asked] == [8, 8, 6]
+    monkeypatch.setattr(opensearch, "MAX_PASSAGES", 4)  # in an answer
+    server.asked.clear()
+    assert all(retriever.search(["harbour"] * 5, 2)) and all(retriever.search(["harbour"], 9))
+    assert [len(one.body.splitlines()) for one in server.asked] == [4, 4, 2, 2]
 
 
 def test_user_and_password_come_from_the_environment(

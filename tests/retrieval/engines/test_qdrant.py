@@ -83,6 +83,13 @@ def test_ties_beyond_the_first_fetch_are_in_corpus_order(tmp_path: Path) -> None
     assert [hit.id for hit in found(index, "lantern", 3)] == ["c0", "c1", "c2"]
 
 
+def test_many_passages_are_read_in_several_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path)
+    expected = found(index, "harbour", 11)
+    monkeypatch.setattr(qdrant, "MAX_PASSAGES", 4)
+    assert found(index, "harbour", 11) == expected and len(expected) == 11
+
+
 def test_the_order_of_ties_does_not_depend_on_the_engine() -> None:
     """Two queries: one with 60 equal scores, last rows first, and one with different scores."""
     fetched: list[tuple[list[int], int]] = []

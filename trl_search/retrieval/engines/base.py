@@ -15,6 +15,7 @@ from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.index.folder import read_manifest
 
 ABOUT = "trl_search"  # the key under which an engine records what was loaded into it
+MAX_PASSAGES = 20_000  # per answer: `MAX_ANSWER_BYTES` is enough for 13 kB each
 
 
 def repeat_trouble(ask: Callable[[], Any]) -> Any:

@@ -25,7 +25,14 @@ from trl_search.common.extras import import_extra
 from trl_search.common.unspaced import UNSPACED_LETTERS
 from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search, failure
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
-from trl_search.retrieval.engines.base import ABOUT, find_about, from_folder, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.engines.base import (
+    ABOUT,
+    MAX_PASSAGES,
+    find_about,
+    from_folder,
+    refuse_another_corpus,
+    repeat_trouble,
+)
 from trl_search.types import Passage
 
 KIND = "opensearch"
@@ -56,8 +63,9 @@ class OpenSearchRetriever(Retriever):
         texts = [_cut(query) for query in queries]
         asked = [number for number, text in enumerate(texts) if any(map(str.isalnum, text))]
         found: list[list[Passage]] = [[] for _ in queries]
-        for start in range(0, len(asked), MAX_BATCH):
-            batch = asked[start : start + MAX_BATCH]
+        size = max(1, min(MAX_BATCH, MAX_PASSAGES // k))
+        for start in range(0, len(asked), size):
+            batch = asked[start : start + size]
             ask = partial(self._ask, [texts[number] for number in batch], k)
             for number, passages in zip(batch, repeat_trouble(ask), strict=True):
                 found[number] = passages

@@ -42,7 +42,14 @@ from trl_search.retrieval.bm25.analyzer import ANALYZER_VERSION, Analyzer
 from trl_search.retrieval.bm25.retriever import MAX_QUERY_TERMS
 from trl_search.retrieval.bm25.sparse_vectors import term_counts
 from trl_search.retrieval.dense.encoder import Encoder, load_recorded
-from trl_search.retrieval.engines.base import ABOUT, find_about, from_folder, refuse_another_corpus, repeat_trouble
+from trl_search.retrieval.engines.base import (
+    ABOUT,
+    MAX_PASSAGES,
+    find_about,
+    from_folder,
+    refuse_another_corpus,
+    repeat_trouble,
+)
 from trl_search.retrieval.ranking import Hits, best_rows
 from trl_search.types import Passage
 
@@ -152,9 +159,11 @@ class QdrantRetriever(Retriever):
         return hits
 
     def _read(self, rows: set[int]) -> dict[int, dict[str, Any]]:
-        if not rows:
-            return {}
-        found = {point.id: point.payload for point in self._ask(self._client.retrieve, ids=sorted(rows))}
+        found: dict[int, dict[str, Any]] = {}
+        ids = sorted(rows)
+        for start in range(0, len(ids), MAX_PASSAGES):
+            points = self._ask(self._client.retrieve, ids=ids[start : start + MAX_PASSAGES])
+            found |= {point.id: point.payload for point in points}
         if len(found) < len(rows):
             raise RetrievalError(
                 f"{len(rows) - len(found)} passages were deleted from {self._collection!r} during a search"
