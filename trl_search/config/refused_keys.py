@@ -19,6 +19,7 @@ from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.searched import WORLD
 from trl_search.config.task import TaskArguments
 from trl_search.environment.registry import SEARCH
+from trl_search.rewards import default_weight, resolve_rewards
 
 # Keys of TRL that only its own generation reads, and what to do instead.
 _NOT_OURS = {
@@ -43,6 +44,7 @@ def refuse_keys(arguments: Any, config: Any, model_config: ModelConfig) -> None:
         refuse_ignored_keys(config)
     if isinstance(arguments, TaskArguments):
         _refuse_without_evaluations(arguments, config)
+        _refuse_weightless_rewards(arguments, config)
         if config.environment != SEARCH and arguments.warm_start_steps:
             raise UserError(
                 f"warm_start_steps shows searches, but the environment is {config.environment}: "
@@ -55,6 +57,30 @@ def _refuse_without_evaluations(arguments: TaskArguments, config: SearchGRPOConf
         raise UserError(f"evaluate_every={arguments.evaluate_every} needs eval_questions to measure on")
     if config.on_collapse == "rollback" and not arguments.evaluate_every:
         raise UserError("on_collapse=rollback needs a best checkpoint: set evaluate_every, which keeps one")
+    if arguments.evaluate_every:
+        refuse_two_best(config)
+
+
+def refuse_two_best(args: SearchGRPOConfig) -> None:
+    """Refuses transformers' best checkpoint beside that of `evaluate_every`."""
+    if args.metric_for_best_model is not None or args.load_best_model_at_end:
+        raise UserError(
+            "evaluate_every and metric_for_best_model (or load_best_model_at_end) both choose the best checkpoint: "
+            "leave the latter out; output_dir/best is the one with the highest eval/em"
+        )
+
+
+def _refuse_weightless_rewards(arguments: TaskArguments, config: SearchGRPOConfig) -> None:
+    """Refuses rewards that all have the weight 0, with which nothing would be learnt."""
+    names = arguments.reward_funcs
+    weights = config.reward_weights
+    if weights is None:  # a slash marks a reward model, whose weight is 1
+        weights = [1.0 if "/" in name else default_weight(resolve_rewards([name])[0]) for name in names]
+    if not any(weights):
+        raise UserError(
+            f"the weights of all rewards ({', '.join(names)}) are 0, so nothing would be learnt: add a reward, or set "
+            "reward_weights"
+        )
 
 
 def refuse_ignored_keys(args: SearchGRPOConfig) -> None:

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object, write_json
+from trl_search.config.refused_keys import refuse_two_best
 from trl_search.evaluation.outcomes import evaluation_of
 from trl_search.trainer.callbacks.held_out import HeldOut, HeldOutResult
 from trl_search.trainer.resume import is_whole
@@ -45,12 +46,7 @@ class BestCheckpoint(TrainerCallback):
 
     def __init__(self, held_out: HeldOut) -> None:
         self.held_out = held_out
-        args = held_out.trainer.args
-        if args.metric_for_best_model is not None or args.load_best_model_at_end:
-            raise UserError(
-                "evaluate_every and metric_for_best_model (or load_best_model_at_end) both choose the best "
-                "checkpoint: leave the latter out; output_dir/best is the one with the highest eval/em"
-            )
+        refuse_two_best(held_out.trainer.args)
         self._asked: int | None = None  # the step whose checkpoint is saved only because it is the best
         self._beaten: Path | None = None
 
