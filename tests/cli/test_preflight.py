@@ -64,7 +64,8 @@ def test_devices():
 
 def test_sampling_that_cuts_the_distribution():
     assert check_sampling(GOOD).status is Status.OK
-    for cut in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}):
+    assert check_sampling({**GOOD, "lora_dropout": 0.05}).status is Status.OK  # without an adapter
+    for cut in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {"lora_dropout": 0.05, "use_peft": True}):
         check = check_sampling({**GOOD, **cut})
         assert check.status is Status.WARNING and f"{next(iter(cut))}={next(iter(cut.values()))}" in check.said
 

@@ -117,6 +117,14 @@ def test_the_doctor_knows_that_collect_only_needs_no_gpu(
         assert checks["precision"]["status"] == status
 
 
+def test_a_cold_start_may_sample_from_a_truncated_distribution() -> None:
+    for command, recipe, checked in (("train", "quickstart", 1), ("sft", "sft_world", 0)):
+        classes = recipe_classes(command)
+        values = {**recipe_values([recipe], classes, command=command), "top_p": 0.9}
+        checks = recipe_checks.recipe_checks(values, classes)
+        assert sum(check.status is Status.WARNING and "top_p=0.9" in check.said for check in checks) == checked
+
+
 def test_batches_that_do_not_divide() -> None:
     values = recipe_values(["quickstart"], CLASSES, command="train")
     assert check_configuration(values, CLASSES).status is Status.OK

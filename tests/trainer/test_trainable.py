@@ -52,6 +52,20 @@ def test_updates_that_are_rounded_away_are_warned_of(
         assert changed < 0.1
 
 
+@pytest.mark.parametrize(
+    ("dropout", "options", "warned"), [(0.05, {}, 1), (0.05, {"disable_dropout": True}, 0), (0.0, {}, 0)]
+)
+def test_dropout_is_warned_of(
+    tmp_path: Any, random_model: Any, tokenizer: Any, caplog: Any, dropout: float, options: dict[str, Any], warned: int
+) -> None:
+    """TRL's lora_dropout, 0.05, was taken in silence."""
+    adapter = LoraConfig(r=2, target_modules="all-linear", lora_dropout=dropout)
+    trainer = real_trainer(tmp_path, random_model, tokenizer, max_steps=1, trainer={"peft_config": adapter}, **options)
+    with caplog.at_level(logging.WARNING, "trl_search"):
+        trainer.train()
+    assert caplog.text.count("the loss is computed with a dropout of 0.05") == warned
+
+
 def test_a_reference_with_other_weights_is_warned_of(
     tmp_path: Any, random_model: Any, tokenizer: Any, caplog: Any
 ) -> None:

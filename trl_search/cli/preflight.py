@@ -156,4 +156,7 @@ def check_sampling(recipe: Mapping[str, Any]) -> Check:
     if cuts:
         said = f"{', '.join(cuts)}: the engine's logprobs are of the truncated distribution, the trainer's are not"
         return Check("sampling", Status.WARNING, said, "train with top_p 1, top_k 0 and min_p 0")
+    if recipe.get("use_peft") and recipe.get("lora_dropout"):
+        said = f"lora_dropout={recipe['lora_dropout']}: the loss drops parts of the adapter, the engine drops none"
+        return Check("sampling", Status.WARNING, said, "train with lora_dropout 0")
     return Check("sampling", Status.OK, f"temperature {recipe['temperature']}, distribution not truncated")

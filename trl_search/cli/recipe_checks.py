@@ -16,7 +16,7 @@ from typing import Any
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trl_search.cli.model_checks import check_template
-from trl_search.cli.preflight import Check, Device, Status
+from trl_search.cli.preflight import Check, Device, Status, check_sampling
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
 from trl_search.cli.server_checks import recipe_servers, server_checks
 from trl_search.cli.start_checks import refuse
@@ -59,7 +59,8 @@ def recipe_checks(values: Mapping[str, Any], classes: Sequence[Any]) -> list[Che
     devices, model = gpus(), check_model_is_there(values.get("model_name_or_path"))
     checks = [
         check_configuration(values, classes),
-        *([check_rewards(values)] if "reward_funcs" in values else []),
+        # A cold start may sample from a truncated distribution.
+        *([check_sampling(values), check_rewards(values)] if "reward_funcs" in values else []),
         check_precision(values, devices),
         *check_packages(values),
         model,

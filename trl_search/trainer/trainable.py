@@ -34,6 +34,7 @@ def check_can_learn(trainer: Any) -> None:
         UserError: if no weight is trainable, or no reward has a weight.
     """
     check_trainable(trainer.model)
+    warn_of_dropout(trainer.model)
     if not trainer.reward_weights.any():
         raise UserError(
             f"the weights of all rewards ({', '.join(trainer.reward_func_names)}) are 0, so nothing would be learnt: "
@@ -54,6 +55,17 @@ def check_trainable(model: torch.nn.Module) -> None:
         raise UserError(
             "no weight of the model is trainable: load an adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True), give peft_config for a new one, or call model.requires_grad_(True)"
+        )
+
+
+def warn_of_dropout(model: torch.nn.Module) -> None:
+    """Warns if the loss drops units, as no engine does. TRL's `lora_dropout` is 0.05 by default."""
+    share = max((one.p for one in model.modules() if isinstance(one, torch.nn.Dropout)), default=0.0)
+    if share:
+        logger.warning(
+            "the loss is computed with a dropout of %g, and rollouts without, so that another policy is trained than "
+            "the one that sampled: set lora_dropout: 0, or disable_dropout: true",
+            share,
         )
 
 

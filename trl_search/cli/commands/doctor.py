@@ -20,7 +20,7 @@ from typing import Any
 
 from trl_search.cli.options import tell_of_imports
 from trl_search.cli.parser import CommandParser
-from trl_search.cli.preflight import Check, Status, check_sampling, environment_checks
+from trl_search.cli.preflight import Check, Status, environment_checks
 from trl_search.cli.server_checks import server_checks
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     checks = environment_checks()
     if recipe is not None:
-        checks += [check_sampling(recipe), *recipe_checks(recipe, classes)]
+        checks += recipe_checks(recipe, classes)
     elif args.recipe is not None:
         checks += model_checks(args.recipe)
     for server in args.server or []:
