@@ -356,7 +356,7 @@ def test_an_installed_package_adds_its_kind(tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert ids(load_retriever("toy", word="vesk").search(["vesk"], k=1)[0]) == ["toy"]
-    with pytest.raises(UserError, match=r"retriever 'toy': got an unexpected keyword argument 'wrod'.*word='lantern'"):
+    with pytest.raises(UserError, match="unexpected keyword argument 'wrod'; its options are: word"):
         load_retriever("toy", wrod="vesk")
     with pytest.raises(TypeError, match="returned a int, not a Retriever"):
         load_retriever("wrong")
