@@ -29,7 +29,7 @@ from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
 from trl_search.retrieval.web import hosts
 from trl_search.retrieval.web import retriever as web
-from trl_search.retrieval.web.page import PageError
+from trl_search.retrieval.web.page import PageError, PageLimits
 from trl_search.retrieval.web.providers import DdgsProvider, Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.retriever import WebRetriever
 from trl_search.retrieval.web.store import WebStore
@@ -555,9 +555,9 @@ def test_few_pages_of_a_site_are_fetched_at_a_time(make, monkeypatch) -> None:
     assert most == {"wiki.example": 2, "news.example": 2}
 
 
-def test_a_page_whose_site_is_busy_for_too_long_is_left_out(make, monkeypatch) -> None:
+def test_a_page_whose_site_is_busy_is_left_out_once_it_could_not_be_fetched_in_time(make, monkeypatch) -> None:
+    """It waited ten seconds whatever the search had taken, so that the search and all others of its batch failed."""
     monkeypatch.setattr(hosts, "PAGES_PER_HOST", 1)
-    monkeypatch.setattr(hosts, "PATIENCE_S", 0.01)
 
     async def texts() -> list[str]:
         begun, ends = asyncio.Event(), asyncio.Event()
@@ -568,16 +568,35 @@ def test_a_page_whose_site_is_busy_for_too_long_is_left_out(make, monkeypatch) -
                 await ends.wait()
             return url
 
-        retriever = make(Wiki(), pages=True, fetch=fetch)
+        retriever = make(Wiki(), pages=True, fetch=fetch, patience_s=PageLimits.timeout_s)
         slow = asyncio.create_task(retriever.search_async(["slow"], 1))
         await begun.wait()
-        (passages,) = await retriever.search_async(["late"], 2)
+        async with asyncio.timeout(5):
+            (passages,) = await retriever.search_async(["late"], 2)
         ends.set()
         assert (await slow)[0][0].text == "https://wiki.example/slow"
         assert retriever.take_metrics()["retrieval/page_failures"] == 1
         return [passage.text for passage in passages]
 
     assert asyncio.run(texts()) == ["snippet", "https://news.example/late"]
+
+
+def test_pages_that_no_longer_fit_into_the_patience_are_left_out(make, monkeypatch) -> None:
+    """All pages were fetched, however many, and the whole batch of searches timed out."""
+    monkeypatch.setattr(web, "PAGES_AT_ONCE", 2)
+
+    async def texts() -> Counter[str]:
+        async def fetch(url: str) -> str:
+            while retriever._counts["page_failures"] < 2:
+                await asyncio.sleep(0.001)
+            return "page"
+
+        retriever = make(Wiki(), pages=True, fetch=fetch, patience_s=PageLimits.timeout_s)
+        async with asyncio.timeout(5):
+            found = await retriever.search_async(["one", "two"], 2)
+        return Counter(passage.text for passages in found for passage in passages)
+
+    assert asyncio.run(texts()) == {"page": 2, "snippet": 2}
 
 
 def test_for_a_page_on_a_private_address_the_snippet_is_kept(make) -> None:

@@ -12,11 +12,11 @@ import httpx
 from trl_search.retrieval.web.page import PageError
 
 PAGES_PER_HOST = 6  # as many as a browser
-PATIENCE_S = 10.0  # as long as a page may take: one slow site must not fail the search of all others
 
 
 class HostTurns:
-    """`async with turns.take(url)` waits until fewer than `PAGES_PER_HOST` pages of the host are being fetched."""
+    """`async with turns.take(url, gate, within_s)` waits until fewer than `PAGES_PER_HOST` pages of the host are being
+    fetched, and the gate of the search is open."""
 
     def __init__(self) -> None:
         # A semaphore works on one event loop. It is dropped when nobody waits for its host.
@@ -25,22 +25,22 @@ class HostTurns:
         )
 
     @contextlib.asynccontextmanager
-    async def take(self, url: str) -> AsyncIterator[None]:
-        """
+    async def take(self, url: str, gate: asyncio.Semaphore, within_s: float) -> AsyncIterator[None]:
+        """Without time left, only a turn that is free at once is taken.
+
         Raises:
-            PageError: after `PATIENCE_S`; another attempt may succeed.
+            PageError: after `within_s`; another attempt may succeed.
         """
         hosts = self._hosts.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
         turns = hosts.setdefault(_host(url), asyncio.Semaphore(PAGES_PER_HOST))
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                await turns.acquire()
-        except TimeoutError:
-            raise PageError(f"{url[:200]}: too many pages of this site are wanted at a time", passing=True) from None
-        try:
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(within_s):
+                    await held.enter_async_context(turns)
+                    await held.enter_async_context(gate)
+            except TimeoutError:
+                raise PageError(f"{url[:200]}: too many pages are wanted at a time", passing=True) from None
             yield
-        finally:
-            turns.release()
 
 
 def _host(url: str) -> str:

@@ -13,6 +13,8 @@
 - A query fails if the engine has not answered within `patience_s`, including the rate limit's wait and retries, and at
   once if that wait would be longer. At one search per second, 64 trajectories need a minute: raise `rate_per_s` as
   your plan allows, or `patience_s` and training's `search_timeout_s`. Pages are fetched after that.
+- A page waits for others only while `patience_s` leaves the time to fetch it. After that, its snippet is used: one
+  slow site, or very many pages, must not fail the searches of the same batch.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import tenacity
@@ -34,7 +37,7 @@ from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.event_loops import AsyncRetriever
 from trl_search.retrieval.web.hosts import HostTurns
-from trl_search.retrieval.web.page import PageError, fetch_page
+from trl_search.retrieval.web.page import PageError, PageLimits, fetch_page
 from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.store import WebStore
 from trl_search.types import Passage
@@ -43,6 +46,13 @@ RESULTS = 10  # requested at least: ten results cost as much as one, and serve e
 MAX_QUERY_CHARS = 400  # engines ignore more, or reject it
 PAGES_AT_ONCE = 16
 _GROWING = tenacity.wait_random_exponential(multiplier=1, max=10)
+
+
+class _Pages(NamedTuple):
+    """The pages of one search."""
+
+    gate: asyncio.Semaphore  # open for `PAGES_AT_ONCE`
+    begin_by: float  # on the monotonic clock; later, a page would end after the search's patience
 
 
 class WebRetriever(AsyncRetriever):
@@ -91,9 +101,9 @@ class WebRetriever(AsyncRetriever):
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines. All queries are searched even if one fails, so that their results are stored."""
         self._begin(queries, k)
-        gate = asyncio.Semaphore(PAGES_AT_ONCE)
+        pages = _Pages(asyncio.Semaphore(PAGES_AT_ONCE), time.monotonic() + self._patience_s - PageLimits.timeout_s)
         asked = dict.fromkeys(_tidy(query) for query in queries)
-        found = dict(zip(asked, await all_of(self._passages(query, k, gate) for query in asked), strict=True))
+        found = dict(zip(asked, await all_of(self._passages(query, k, pages) for query in asked), strict=True))
         return [found[_tidy(query)] for query in queries]
 
     def take_metrics(self) -> dict[str, float]:
@@ -108,13 +118,13 @@ class WebRetriever(AsyncRetriever):
             f"retrieval/failures/{self._provider.name}": float(counts["failures"]),
         }
 
-    async def _passages(self, query: str, k: int, gate: asyncio.Semaphore) -> list[Passage]:
+    async def _passages(self, query: str, k: int, pages: _Pages) -> list[Passage]:
         if not query:
             return []
         hits = (await self._hits(query, max(k, RESULTS)))[:k]
         texts = [hit.snippet for hit in hits]
         if self._pages:
-            texts = list(await asyncio.gather(*(self._page(hit, gate) for hit in hits)))
+            texts = list(await asyncio.gather(*(self._page(hit, pages) for hit in hits)))
         return [
             Passage(hit.url, hit.title, text, 1.0 / rank, hit.url)
             for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
@@ -178,12 +188,12 @@ class WebRetriever(AsyncRetriever):
             self._count("failures")
             raise
 
-    async def _page(self, hit: WebHit, gate: asyncio.Semaphore) -> str:
+    async def _page(self, hit: WebHit, pages: _Pages) -> str:
         key = ["page", hit.url, self._page_chars]
         stored = await asyncio.to_thread(self._store.get, key)
         if stored is None:
             try:
-                async with self._turns.take(hit.url), gate:
+                async with self._turns.take(hit.url, pages.gate, _left_s(pages.begin_by)):
                     stored = [(await self._fetch(hit.url))[: self._page_chars]]
             except PageError as error:
                 self._count("page_failures")
@@ -227,7 +237,8 @@ def load(
         rate_per_s (`float`, *optional*): Searches per second; by default the limit of the provider's smallest plan.
         pages (`bool`): Passages hold the text of the pages instead of the engine's snippets.
         page_chars (`int`): Characters of a page's text that are used.
-        patience_s (`float`): Time limit of a search in seconds, including the rate limit's wait and retries.
+        patience_s (`float`): Time limit of a search in seconds, including the rate limit's wait and retries. Pages
+            that cannot be fetched in it, because too many are wanted, are left out.
     """
     engine = load_provider(provider, base_url)
     return WebRetriever(
