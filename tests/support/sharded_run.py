@@ -8,10 +8,12 @@ Rank 0 writes them to FOLDER/<kind>-<method>.pt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,7 @@ from trl.generation import vllm_generation
 
 from tests.support.fake_engine import FakeLLM
 from tests.support.scripted_trainer import answer, config, later_is_better, scripted_trainer, search, steps
+from trl_search.trainer import resumed_optimizer
 from trl_search.trainer.generation import vllm_backend
 from trl_search.trainer.generation.adapter_sync import adapter_tensors
 
@@ -191,6 +194,19 @@ def train(folder: Path, run: Path, kind: str, method: str) -> dict[str, Any]:
     return results
 
 
+@contextlib.contextmanager
+def told_of(module: Any) -> Iterator[list[str]]:
+    """The messages that the module logs meanwhile."""
+    handler = BufferingHandler(1000)
+    told: list[str] = []
+    module.logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        module.logger.removeHandler(handler)
+        told += [record.getMessage() for record in handler.buffer]
+
+
 def main(folder: Path, methods: list[str]) -> None:
     started = time.perf_counter()
     vllm_backend.is_vllm_available = vllm_generation.is_vllm_available = lambda: True
@@ -202,9 +218,10 @@ def main(folder: Path, methods: list[str]) -> None:
         run = folder / name
         results = train(folder, run, kind, method)
         if method in ("fsdp2", "zero3") and kind != "untied":
-            trainer = make(folder, run, kind, method)
-            trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
-            results["resumed"] = seen(trainer)
+            trainer = make(folder, run, kind, method, weight_decay=0.5)  # without effect
+            with told_of(resumed_optimizer) as told:
+                trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+            results["resumed"] = {**seen(trainer), "told": told}
         if PartialState().is_main_process:
             torch.save(results, folder / f"{name}.pt")
         shown = {key: results["trained"][key] for key in ("loss", "grad_norm", "sharded")}

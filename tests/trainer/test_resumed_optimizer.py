@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
+import torch
+from torch.optim import lr_scheduler
 
 from tests.support.scripted_trainer import four_ways, scripted_trainer
 from trl_search.common.errors import UserError
@@ -73,3 +76,36 @@ def test_a_stopped_run_is_resumed_on_the_same_schedule_without_a_word(tmp_path, 
     resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert rates(resumed) == rates(whole) and "another schedule" not in caplog.text
+
+
+def own(rate, schedule=None):
+    """A user's optimizer, and perhaps a schedule."""
+
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        return optimizer, schedule and schedule(optimizer)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        own(0.1, lambda optimizer: lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.5)),
+        own(0.1, lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))),
+        own(0.1, lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)),
+        own(torch.tensor(0.1)),
+    ],
+    ids=["multiplicative", "lambda", "one_cycle", "tensor"],
+)
+def test_a_users_own_optimizer_is_resumed_without_a_word(tmp_path, random_model, tokenizer, caplog, make):
+    """The multiplicative schedule's factor of one step was taken for that of all; a rate in a tensor equalled none."""
+    options = {**SAVING, "logging_steps": 1, "max_steps": 3}
+    whole, resumed = (
+        scripted_trainer(tmp_path, model, tokenizer, four_ways, trainer={"optimizers": make(model)}, **options)
+        for model in (random_model, copy.deepcopy(random_model))
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert rates(resumed) == rates(whole)
+    assert "another schedule" not in caplog.text and "has no effect" not in caplog.text

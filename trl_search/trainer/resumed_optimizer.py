@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
@@ -32,27 +33,37 @@ class ResumesOptimizer(Trainer):
     TRL's trainer."""
 
     _peak_rates: Sequence[float] = ()  # of each parameter group, at the start of the training
+    _settings: Sequence[Mapping[str, Any]] = ()  # of each parameter group that has parameters, likewise
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Records the learning rates before a checkpoint is loaded; a user's optimizer may have its own."""
+        """Records the settings before a checkpoint is loaded, which DeepSpeed does long before transformers; a user's
+        optimizer may have its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = getattr(self.optimizer, "param_groups", ())  # DeepSpeed's dummy optimizer has none
-        self._peak_rates = self._peak_rates or [group.get("initial_lr", group["lr"]) for group in groups]
+        if not self._settings:
+            self._peak_rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+            filled = [group for group in groups if group["params"]]
+            self._settings = [{name: group[name] for name in group if name != "params"} for group in filled]
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        ours = [dict(group) for group in getattr(self.optimizer, "param_groups", ())]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._refuse_another_optimizer(ours)
-            self._warn_of_other_settings(ours)
+            self._refuse_another_optimizer()
+            self._warn_of_other_settings()
             self._continue_on_this_schedule(checkpoint)
 
-    def _refuse_another_optimizer(self, ours: Sequence[Mapping[str, Any]]) -> None:
+    def _loaded_and_ours(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """The settings of each parameter group that the checkpoint left, and those at the start."""
+        loaded = getattr(self.optimizer, "param_groups", ())
+        # DeepSpeed leaves out groups without parameters.
+        filled = loaded if len(loaded) == len(self._settings) else [group for group in loaded if group["params"]]
+        return list(zip(filled, self._settings, strict=False))
+
+    def _refuse_another_optimizer(self) -> None:
         """Refuses a checkpoint without the settings of this optimizer, which the first step would miss after its
         rollout."""
-        loaded = getattr(self.optimizer, "param_groups", ())
-        missing = [name for group, before in zip(loaded, ours, strict=False) for name in before if name not in group]
+        missing = [name for group, before in self._loaded_and_ours() for name in before if name not in group]
         if missing:
             raise UserError(
                 f"optim: {OptimizerNames(self.args.optim).value} cannot continue this checkpoint, which another "
@@ -64,15 +75,19 @@ class ResumesOptimizer(Trainer):
         """The peak learning rates that a checkpoint of this run can have."""
         return set(self._peak_rates or [self.args.learning_rate])
 
-    def _warn_of_other_settings(self, ours: Sequence[Mapping[str, Any]]) -> None:
+    def _warn_of_other_settings(self) -> None:
         """Warns of the settings that loading the checkpoint has replaced."""
         loaded = getattr(self.optimizer, "param_groups", ())
         replaced: dict[str, tuple[Any, Any]] = {}
-        for group, before in zip(loaded, ours, strict=False):
+        for group, before in self._loaded_and_ours():
             for name, key in _KEYS.items():
-                if group.get(name) != before.get(name):
-                    replaced.setdefault(key, (before.get(name), group.get(name)))
-        others = {group.get("initial_lr", group["lr"]) for group in loaded} - self._possible_rates()
+                if name == "betas" and "max_momentum" in group:  # a user's OneCycleLR moves them in every step
+                    continue
+                # FSDP2 loads a tuple as a list.
+                value = tuple(group[name]) if isinstance(group.get(name), list) else group.get(name)
+                if value != before.get(name):
+                    replaced.setdefault(key, (before.get(name), value))
+        others = {float(group.get("initial_lr", group["lr"])) for group in loaded} - self._possible_rates()
         if others:
             replaced["learning_rate"] = (self.args.learning_rate, ", ".join(f"{rate:g}" for rate in sorted(others)))
         for key, (given, theirs) in replaced.items():
@@ -88,7 +103,7 @@ class ResumesOptimizer(Trainer):
     def _continue_on_this_schedule(self, checkpoint: str) -> None:
         """Sets the learning rates to those of this run's schedule, from which another max_steps can differ."""
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
-        if not hasattr(schedule, "lr_lambdas"):  # as that of reduce_lr_on_plateau, which knows no number of steps
+        if not isinstance(schedule, LambdaLR):  # others, as that of reduce_lr_on_plateau, know no number of steps
             return
         optimizer: Any = self.optimizer
         left = [group["lr"] for group in optimizer.param_groups]
