@@ -81,3 +81,15 @@ def test_a_space_of_trackio_needs_a_login(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(UserError, match="report_to: dvclive: DVCLiveCallback requires dvclive to be installed"):
         refuse_trackers(["dvclive"], None)
+
+
+def test_a_tracker_that_does_not_exist_is_named() -> None:
+    """The trainer ended with KeyError: 'wandbb'."""
+    with pytest.raises(UserError, match=r"report_to.*wandbb.*wandb"):
+        refuse_trackers(["wandbb"], None)
+
+
+@pytest.mark.filterwarnings("error")
+def test_neptune_without_its_package_prints_no_traceback() -> None:
+    with pytest.raises(UserError, match="report_to: neptune needs neptune: pip install neptune"):
+        refuse_trackers(["neptune"], None)

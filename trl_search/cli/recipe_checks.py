@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, check_sampling
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
@@ -143,11 +141,8 @@ def check_packages(values: Mapping[str, Any]) -> Iterator[Check]:
     for tracker in set_names(values.get("report_to") or []):
         if tracker in _TRACKERS and importlib.util.find_spec(tracker) is None:
             wanted[f"report_to: {tracker}"] = (tracker, tracker)
-        elif tracker in INTEGRATION_TO_CALLBACK:
-            yield _unless_refused("packages", partial(_tracker, tracker, values))
         elif tracker not in ("all", "none"):
-            said = str(unknown_name("report_to", tracker, [*INTEGRATION_TO_CALLBACK, "none"]))
-            yield Check("packages", Status.PROBLEM, said)
+            yield _unless_refused("packages", partial(_tracker, tracker, values))
     for key, (module, extra) in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield package_problem(key, module, extra)

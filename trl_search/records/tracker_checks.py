@@ -13,18 +13,23 @@ from collections.abc import Sequence
 import huggingface_hub
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from trl_search.common.errors import UserError
+from trl_search.common.errors import UserError, unknown_name
 
 # In another process, in which W&B cannot ask for a key. Silent, it does not ask its server who the user is.
 _LOG_IN = "import sys, wandb\ntry: wandb.login(verify=False)\nexcept wandb.errors.Error as error: sys.exit(str(error))"
 
+# Their callbacks print one when they are deleted, if the package is missing.
+_PRINT_A_TRACEBACK = {"mlflow": "mlflow", "dagshub": "mlflow", "neptune": "neptune"}
+
 
 def refuse_trackers(names: Sequence[str], trackio_space_id: str | None) -> None:
-    """Raises `UserError` if a tracker is not installed or its service would refuse the run."""
+    """Raises `UserError` if a tracker is unknown or not installed, or if its service would refuse the run."""
     for name in names:
-        # The callback of MLflow without the package prints a traceback when it is deleted.
-        if name in ("mlflow", "dagshub") and importlib.util.find_spec("mlflow") is None:
-            raise UserError(f"report_to: {name} needs mlflow: pip install mlflow, or leave it out of report_to")
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("report_to", name, [*INTEGRATION_TO_CALLBACK, "none"])
+        package = _PRINT_A_TRACEBACK.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"report_to: {name} needs {package}: pip install {package}, or leave it out of report_to")
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError, ValueError) as error:
