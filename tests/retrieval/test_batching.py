@@ -423,3 +423,14 @@ def test_impossible_numbers_of_batches_are_refused() -> None:
     idle.max_concurrent_batches = 0
     with pytest.raises(ValueError, match="Echo has 0"):
         SearchBatcher(idle, timeout_s=1)
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_below_one_is_refused_whatever_the_retriever_does(k: int) -> None:
+    """An environment's tool may pass on the policy's k. A user's retriever that does not look at it lost a passage."""
+
+    async def scenario(batcher: SearchBatcher) -> None:
+        with pytest.raises(ValueError, match=f"at least 1; got {k}"):
+            await batcher.search("a", k)
+
+    run(scenario, Echo())

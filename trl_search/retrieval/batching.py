@@ -23,7 +23,7 @@ from typing import Any
 
 from trl_search.common.bounds import check_at_least, check_positive
 from trl_search.common.errors import UserError
-from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable
+from trl_search.retrieval.base import RetrievalError, Retriever, Unavailable, check_search
 from trl_search.retrieval.threads import DaemonCalls, start_search
 from trl_search.types import Passage
 
@@ -84,7 +84,9 @@ class SearchBatcher:
         Raises:
             Unavailable: if the retriever is down or took too long, or the batcher is closed.
             RetrievalError: if the search failed.
+            UserError: if `k` is below 1, as in an environment's tool that passes on the policy's argument.
         """
+        check_search([query], k)
         if self._closed:
             raise Unavailable("the search batcher is closed; make a new one for each event loop")
         self.stats.queries += 1
