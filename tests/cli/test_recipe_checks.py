@@ -136,6 +136,10 @@ def test_batches_that_do_not_divide() -> None:
     [
         ({"optim": "paged_lion_8bit"}, "optim: paged_lion_8bit: You need to install `bitsandbytes`"),
         ({"optim": "galore_adamw"}, "optim: galore_adamw: You need to install `galore_torch`"),
+        (
+            {"optim": "galore_adamw", "optim_args": "rank=64"},
+            "optim: galore_adamw: You need to install `galore_torch`",
+        ),
         ({"optim": "grokadamw"}, "optim: grokadamw: Please install grokadamw"),
         ({"optim_args": "betas"}, "optim: adamw_torch_fused does not take optim_args: betas (not enough"),
     ],

@@ -65,6 +65,7 @@ PREFIX_TUNING = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         ({"data": DATA.with_format("pandas")}, "train_dataset returns rows in the format pandas"),
         ({"push_to_hub": True}, "^push_to_hub uploads the whole folder .* run `trl-search push .* owner/name`"),
         ({"optim": "schedule_free_adamw"}, "^optim: schedule_free_adamw: You need to install `schedulefree`"),
+        ({"optim": "grokadamw", "trainer": {"optimizers": (None, None)}}, "^optim: grokadamw: Please install"),
         ({"data_seed": 7}, "^data_seed=7 has no effect, as TRL draws the questions of GRPO with seed=1"),
         ({"data": DatasetDict(train=DATA, test=DATA)}, r"train_dataset has several splits \(train, test\): pass one"),
     ],

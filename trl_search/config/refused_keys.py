@@ -8,6 +8,7 @@ optim: galore_adamw            its package is not installed
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import TrainingArguments
@@ -132,6 +133,9 @@ def refuse_optimizer(args: TrainingArguments) -> None:
             return
         name = OptimizerNames(args.optim).value
         if args.optim_args:
+            bare = copy.copy(args)
+            bare.optim_args = None
+            refuse_optimizer(bare)  # what is not the fault of optim_args
             raise UserError(
                 f"optim: {name} does not take optim_args: {args.optim_args} ({error}); write name=value,name=value"
             ) from error

@@ -126,7 +126,8 @@ def refuse_what_rollouts_cannot_do(
     if args.process_index == 0:
         refuse_trackers(args.report_to or [], args.trackio_space_id)
     refuse_ignored_keys(args)
-    if not kwargs.get("optimizers") and not kwargs.get("optimizer_cls_and_kwargs"):
+    optimizer, _ = kwargs.get("optimizers") or (None, None)
+    if optimizer is None and not kwargs.get("optimizer_cls_and_kwargs"):
         refuse_optimizer(args)
     adapter = kwargs.get("peft_config")
     check_adapter(model, adapter, args.beta)
