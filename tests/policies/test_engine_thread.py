@@ -125,3 +125,13 @@ def test_interrupting_a_broken_engine_raises_its_error():
 
     _, outcomes = run(scenario)
     assert [str(outcome) for outcome in outcomes] == ["device lost"] * 2
+
+
+def test_an_unknown_keyword_is_refused():
+    """It had no effect: a turn with stop_strings, which is stop here, went on to its last token."""
+
+    async def scenario(engine):
+        with pytest.raises(TypeError, match="stop_strings"):
+            await engine.generate([1], max_tokens=1, sampling=Sampling(), stop_strings=("</search>",))
+
+    run(scenario)

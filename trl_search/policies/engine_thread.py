@@ -20,9 +20,8 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Unpack
 
-from trl_search.policies.base import Policy, Turn
+from trl_search.policies.base import Policy
 from trl_search.types import Completion, Sampling
 
 _numbers = itertools.count()
@@ -75,13 +74,21 @@ class EngineThread(Policy):
         await asyncio.to_thread(self._thread.join)
         self._thread = None
 
-    async def generate(self, prompt_ids: Sequence[int], **turn: Unpack[Turn]) -> Completion:
+    # Not **turn, as in policies that pass it on: a misspelt keyword would have no effect.
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+    ) -> Completion:
         if self._thread is None:
             raise RuntimeError("the policy is closed: await policy.open() first")
         if not prompt_ids:
             raise ValueError("prompt_ids is empty")
-        stop, stop_token_ids = tuple(turn.get("stop", ())), frozenset(turn.get("stop_token_ids", ()))
-        request = Request(list(prompt_ids), max(1, turn["max_tokens"]), turn["sampling"], stop, stop_token_ids)
+        request = Request(list(prompt_ids), max(1, max_tokens), sampling, tuple(stop), frozenset(stop_token_ids))
         self._inbox.put(request)
         try:
             return await asyncio.wrap_future(request.future)
