@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoints, entry_points
 from typing import Any
@@ -105,3 +106,19 @@ def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
 def is_import_path(name: str) -> bool:
     """Whether a word is an import path such as `my_package.module:attribute`, not a registered name."""
     return "." in name or ":" in name
+
+
+def check_options(what: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Checks that `make(**options)` can be called. `what` is the beginning of the message.
+
+    Raises:
+        UserError: for an unknown or a missing option; the message lists all.
+    """
+    signature = inspect.signature(make)
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = [one.name for one in signature.parameters.values() if one.kind in named]
+        all_of_them = f"its options are: {', '.join(names)}" if names else "it has no options"
+        raise UserError(f"{what}: {error}; {all_of_them}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_search.common.errors import UserError, unknown_name
-from trl_search.common.registry import Registry
+from trl_search.common.registry import Registry, check_options
 from trl_search.environment.base import Environment, check_environment
 from trl_search.environment.search import SearchEnvironment
 from trl_search.retrieval.base import Retriever
@@ -60,11 +60,7 @@ def load_environment(
         if not _has_parameter(make, "retriever"):
             raise UserError(f"environment {name!r} has no parameter `retriever`: leave the retriever out")
         given["retriever"] = retriever
-    signature = inspect.signature(make)
-    try:
-        signature.bind(**given)
-    except TypeError as error:
-        raise UserError(f"environment {name!r}: {error}; its options are: {', '.join(signature.parameters)}") from None
+    check_options(f"environment {name!r}", make, given)
     known = _search_options(make)
     for key in given:
         if known and key not in known:

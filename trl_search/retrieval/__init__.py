@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shlex
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from trl_search.common.errors import UserError, nearest_names
 from trl_search.common.files import home_expanded
+from trl_search.common.registry import check_options
 from trl_search.retrieval.base import RetrievalError, Retriever
 from trl_search.retrieval.index.folder import read_manifest
 from trl_search.retrieval.registry import RETRIEVERS
@@ -48,11 +48,7 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         >>> retriever.search(["who founded Orlune?"], k=3)
     """
     load = RETRIEVERS.get(kind)
-    signature = inspect.signature(load)
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        raise UserError(f"retriever {kind!r}: {error}; its options are: {', '.join(signature.parameters)}") from None
+    check_options(f"retriever {kind!r}", load, options)
     retriever = load(**{name: home_expanded(value) for name, value in options.items()})
     if not isinstance(retriever, Retriever):
         raise TypeError(f"retriever {kind!r} returned a {type(retriever).__name__}, not a Retriever")
