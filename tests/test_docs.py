@@ -21,6 +21,7 @@ from trl_search.config.agent import AgentSettings
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.config.task import TaskArguments
 from trl_search.records.trajectory_metrics import trajectory_metrics
+from trl_search.rewards import BUILT_IN
 from trl_search.types import StopReason, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -223,6 +224,12 @@ def test_every_metric_is_in_the_table() -> None:
         assert f"`{metric}`" in table or metric.startswith("stop/"), metric
     named = re.findall(r"`((?:search|tokens|time|reflection)/\w+)`", table)
     assert set(named) <= set(trajectory_metrics(trajectory))
+
+
+def test_every_built_in_reward_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    section = page[page.index("### Rewards") : page.index("## The agent")]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(BUILT_IN)
 
 
 # docs/api.md
