@@ -189,6 +189,15 @@ def test_a_training_with_credit_and_accumulation(tmp_path, random_model, tokeniz
     assert all(entry["grad_norm"] > 0 for entry in steps(trainer)) and "credit/gain" in steps(trainer)[0]
 
 
+def test_credit_alone_trains(tmp_path, random_model, tokenizer):
+    """Weights of 0 for all rewards were refused, because nothing would be learnt."""
+    trainer = credited(
+        tmp_path, random_model, tokenizer, "retrieval", wrong_whatever_it_finds, reward_weights=[0.0], max_steps=1
+    )
+    trainer.train()
+    assert steps(trainer)[0]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

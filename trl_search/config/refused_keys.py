@@ -9,6 +9,7 @@ optim: galore_adamw            its package is not installed
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainingArguments
@@ -45,7 +46,7 @@ def refuse_keys(arguments: Any, config: Any, model_config: ModelConfig) -> None:
         refuse_ignored_keys(config)
     if isinstance(arguments, TaskArguments):
         _refuse_without_evaluations(arguments, config)
-        _refuse_weightless_rewards(arguments, config)
+        refuse_weightless_rewards(arguments.reward_funcs, _weights(arguments, config), config)
         if config.environment != SEARCH and arguments.warm_start_steps:
             raise UserError(
                 f"warm_start_steps shows searches, but the environment is {config.environment}: "
@@ -71,13 +72,20 @@ def refuse_two_best(args: SearchGRPOConfig) -> None:
         )
 
 
-def _refuse_weightless_rewards(arguments: TaskArguments, config: SearchGRPOConfig) -> None:
-    """Refuses rewards that all have the weight 0, with which nothing would be learnt."""
-    names = arguments.reward_funcs
-    weights = config.reward_weights
-    if weights is None:  # a slash marks a reward model, whose weight is 1
-        weights = [1.0 if "/" in name else default_weight(resolve_rewards([name])[0]) for name in names]
-    if not any(weights):
+def _weights(arguments: TaskArguments, config: SearchGRPOConfig) -> Sequence[float]:
+    if config.reward_weights is not None:
+        return config.reward_weights
+    # A slash marks a reward model, whose weight is 1.
+    return [1.0 if "/" in name else default_weight(resolve_rewards([name])[0]) for name in arguments.reward_funcs]
+
+
+def refuse_weightless_rewards(names: Sequence[str], weights: Sequence[float], args: SearchGRPOConfig) -> None:
+    """Refuses rewards that all have the weight 0, with which nothing would be learnt but from credit per turn.
+
+    Raises:
+        UserError: names the rewards.
+    """
+    if not any(weights) and args.turn_credit == "none":
         raise UserError(
             f"the weights of all rewards ({', '.join(names)}) are 0, so nothing would be learnt: add a reward, or set "
             "reward_weights"

@@ -28,7 +28,7 @@ class Backend:
     """The engine of an evaluation and its options."""
 
     name: str = "transformers"  # one of `BACKENDS`
-    # Of the weights; by default, `load_model` chooses them.
+    # Of the weights. By default, bfloat16 on a GPU if there is one, else float32.
     dtype: str | None = None
     device: str | None = None
     server: str | None = None  # the address of the server

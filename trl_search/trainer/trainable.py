@@ -20,6 +20,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from trl_search.common.errors import UserError
+from trl_search.config.refused_keys import refuse_weightless_rewards
 from trl_search.policies.lora import leaves_the_base
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,7 @@ def check_can_learn(trainer: Any) -> None:
     """
     check_trainable(trainer.model)
     warn_of_dropout(trainer.model)
-    if not trainer.reward_weights.any():
-        raise UserError(
-            f"the weights of all rewards ({', '.join(trainer.reward_func_names)}) are 0, so nothing would be learnt: "
-            "add a reward, or set reward_weights"
-        )
+    refuse_weightless_rewards(trainer.reward_func_names, trainer.reward_weights.tolist(), trainer.args)
     # DeepSpeed and FSDP update copies in float32, and shard both models.
     if trainer.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         warn_of_lost_updates(trainer.model, trainer.args)
