@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import multiprocessing
 import os
 import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ from trl_search.common.errors import UserError
 from trl_search.retrieval import RetrievalError, base, load_retriever
 from trl_search.retrieval.base import Unavailable
 from trl_search.retrieval.batching import SearchBatcher
-from trl_search.retrieval.web import hosts
+from trl_search.retrieval.web import page_gates
 from trl_search.retrieval.web import retriever as web
 from trl_search.retrieval.web.page import PageError, PageLimits
 from trl_search.retrieval.web.providers import DdgsProvider, Provider, ProviderBusy, WebHit, load_provider
@@ -533,15 +535,18 @@ class Wiki(Engine):
         return [WebHit(query, f"https://{site}.example/{query}", "snippet") for site in ("wiki", "news")]
 
 
-def test_few_pages_of_a_site_are_fetched_at_a_time(make, monkeypatch) -> None:
+def test_few_pages_of_a_site_and_in_all_are_fetched_at_a_time(make, monkeypatch) -> None:
+    """Each batch of searches had its own limit on all pages: too low for one, and too high for eight."""
     fetching: Counter[str] = Counter()
     most: Counter[str] = Counter()
-    monkeypatch.setattr(hosts, "PAGES_PER_HOST", 2)
+    monkeypatch.setattr(page_gates, "PAGES_PER_HOST", 2)
+    monkeypatch.setattr(page_gates, "PAGES_AT_ONCE", 3)
 
     async def fetch(url: str) -> str:
         site = httpx.URL(url).host
         fetching[site] += 1
         most[site] = max(most[site], fetching[site])
+        most["all"] = max(most["all"], fetching.total())
         await asyncio.sleep(0.02)
         fetching[site] -= 1
         return url
@@ -552,12 +557,12 @@ def test_few_pages_of_a_site_are_fetched_at_a_time(make, monkeypatch) -> None:
         await asyncio.gather(*(retriever.search_async([f"{at}", f"{at}0", f"{at}00"], 2) for at in range(1, 5)))
 
     asyncio.run(four_batches())
-    assert most == {"wiki.example": 2, "news.example": 2}
+    assert most == {"wiki.example": 2, "news.example": 2, "all": 3}
 
 
 def test_a_page_whose_site_is_busy_is_left_out_once_it_could_not_be_fetched_in_time(make, monkeypatch) -> None:
     """It waited ten seconds whatever the search had taken, so that the search and all others of its batch failed."""
-    monkeypatch.setattr(hosts, "PAGES_PER_HOST", 1)
+    monkeypatch.setattr(page_gates, "PAGES_PER_HOST", 1)
 
     async def texts() -> list[str]:
         begun, ends = asyncio.Event(), asyncio.Event()
@@ -581,9 +586,27 @@ def test_a_page_whose_site_is_busy_is_left_out_once_it_could_not_be_fetched_in_t
     assert asyncio.run(texts()) == ["snippet", "https://news.example/late"]
 
 
+def test_no_event_loop_is_kept_by_the_pages_that_it_fetched(make, monkeypatch) -> None:
+    """Each rollout has its own."""
+    monkeypatch.setattr(page_gates, "PAGES_AT_ONCE", 1)
+
+    async def fetch(url: str) -> str:
+        await asyncio.sleep(0)
+        return url
+
+    async def search(query: str) -> weakref.ref[asyncio.AbstractEventLoop]:
+        await retriever.search_async([query], 2)
+        return weakref.ref(asyncio.get_running_loop())
+
+    retriever = make(Wiki(), pages=True, fetch=fetch)
+    loops = [asyncio.run(search(query)) for query in ("a", "b")]
+    gc.collect()
+    assert [loop() for loop in loops] == [None, None]
+
+
 def test_pages_that_no_longer_fit_into_the_patience_are_left_out(make, monkeypatch) -> None:
     """All pages were fetched, however many, and the whole batch of searches timed out."""
-    monkeypatch.setattr(web, "PAGES_AT_ONCE", 2)
+    monkeypatch.setattr(page_gates, "PAGES_AT_ONCE", 2)
 
     async def texts() -> Counter[str]:
         async def fetch(url: str) -> str:

@@ -25,7 +25,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import tenacity
@@ -36,23 +35,15 @@ from trl_search.common.files import cache_folder, home_expanded
 from trl_search.common.tls import tls_context
 from trl_search.retrieval.base import RetrievalError, Unavailable
 from trl_search.retrieval.event_loops import AsyncRetriever
-from trl_search.retrieval.web.hosts import HostTurns
 from trl_search.retrieval.web.page import PageError, PageLimits, fetch_page
+from trl_search.retrieval.web.page_gates import PageGates
 from trl_search.retrieval.web.providers import Provider, ProviderBusy, WebHit, load_provider
 from trl_search.retrieval.web.store import WebStore
 from trl_search.types import Passage
 
 RESULTS = 10  # requested at least: ten results cost as much as one, and serve every k up to ten
 MAX_QUERY_CHARS = 400  # engines ignore more, or reject it
-PAGES_AT_ONCE = 16
 _GROWING = tenacity.wait_random_exponential(multiplier=1, max=10)
-
-
-class _Pages(NamedTuple):
-    """The pages of one search."""
-
-    gate: asyncio.Semaphore  # open for `PAGES_AT_ONCE`
-    begin_by: float  # on the monotonic clock; later, a page would end after the search's patience
 
 
 class WebRetriever(AsyncRetriever):
@@ -92,7 +83,7 @@ class WebRetriever(AsyncRetriever):
         self._patience_s, self._tries, self._fetch, self._sleep = patience_s, tries, fetch, sleep
         self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._turns = HostTurns()
+        self._gates = PageGates()
         super().__init__()
 
     def _make_client(self) -> httpx.AsyncClient:
@@ -101,9 +92,10 @@ class WebRetriever(AsyncRetriever):
     async def search_async(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """[`search`] for coroutines. All queries are searched even if one fails, so that their results are stored."""
         self._begin(queries, k)
-        pages = _Pages(asyncio.Semaphore(PAGES_AT_ONCE), time.monotonic() + self._patience_s - PageLimits.timeout_s)
+        # A page that begins later would end after the patience.
+        begin_by = time.monotonic() + self._patience_s - PageLimits.timeout_s
         asked = dict.fromkeys(_tidy(query) for query in queries)
-        found = dict(zip(asked, await all_of(self._passages(query, k, pages) for query in asked), strict=True))
+        found = dict(zip(asked, await all_of(self._passages(query, k, begin_by) for query in asked), strict=True))
         return [found[_tidy(query)] for query in queries]
 
     def take_metrics(self) -> dict[str, float]:
@@ -118,13 +110,13 @@ class WebRetriever(AsyncRetriever):
             f"retrieval/failures/{self._provider.name}": float(counts["failures"]),
         }
 
-    async def _passages(self, query: str, k: int, pages: _Pages) -> list[Passage]:
+    async def _passages(self, query: str, k: int, begin_by: float) -> list[Passage]:
         if not query:
             return []
         hits = (await self._hits(query, max(k, RESULTS)))[:k]
         texts = [hit.snippet for hit in hits]
         if self._pages:
-            texts = list(await asyncio.gather(*(self._page(hit, pages) for hit in hits)))
+            texts = list(await asyncio.gather(*(self._page(hit, begin_by) for hit in hits)))
         return [
             Passage(hit.url, hit.title, text, 1.0 / rank, hit.url)
             for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
@@ -188,12 +180,12 @@ class WebRetriever(AsyncRetriever):
             self._count("failures")
             raise
 
-    async def _page(self, hit: WebHit, pages: _Pages) -> str:
+    async def _page(self, hit: WebHit, begin_by: float) -> str:
         key = ["page", hit.url, self._page_chars]
         stored = await asyncio.to_thread(self._store.get, key)
         if stored is None:
             try:
-                async with self._turns.take(hit.url, pages.gate, _left_s(pages.begin_by)):
+                async with self._gates.enter(hit.url, _left_s(begin_by)):
                     stored = [(await self._fetch(hit.url))[: self._page_chars]]
             except PageError as error:
                 self._count("page_failures")
