@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import multiprocessing
 import os
 import sqlite3
 import subprocess
 import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -584,24 +582,6 @@ def test_a_page_whose_site_is_busy_is_left_out_once_it_could_not_be_fetched_in_t
         return [passage.text for passage in passages]
 
     assert asyncio.run(texts()) == ["snippet", "https://news.example/late"]
-
-
-def test_no_event_loop_is_kept_by_the_pages_that_it_fetched(make, monkeypatch) -> None:
-    """Each rollout has its own."""
-    monkeypatch.setattr(page_gates, "PAGES_AT_ONCE", 1)
-
-    async def fetch(url: str) -> str:
-        await asyncio.sleep(0)
-        return url
-
-    async def search(query: str) -> weakref.ref[asyncio.AbstractEventLoop]:
-        await retriever.search_async([query], 2)
-        return weakref.ref(asyncio.get_running_loop())
-
-    retriever = make(Wiki(), pages=True, fetch=fetch)
-    loops = [asyncio.run(search(query)) for query in ("a", "b")]
-    gc.collect()
-    assert [loop() for loop in loops] == [None, None]
 
 
 def test_pages_that_no_longer_fit_into_the_patience_are_left_out(make, monkeypatch) -> None:
