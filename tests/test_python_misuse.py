@@ -137,6 +137,8 @@ def test_the_trainer_is_built_or_says_what_is_wrong(argument: str, random_model,
             {"train_dataset": list(DATA)},
             r"train_dataset must be a Dataset, not list: convert a list with Dataset.from_list\(rows\)",
         ),
+        ({"train_dataset": "train.csv"}, r"not str: load_questions\('train.csv'\) reads a file or a set"),
+        ({"train_dataset": DATA.to_pandas()}, r"not DataFrame: convert it with Dataset.from_pandas\(frame\)"),
         ({"train_dataset": None}, "train_dataset must be a Dataset, not NoneType"),
         ({"train_dataset": rows(question=None, golden_answers=["x"])}, r"\[0\] has no question: it is None"),
         ({"train_dataset": rows(question=7, golden_answers=["x"])}, r"\[0\] has no question: it is 7"),
@@ -169,6 +171,12 @@ def test_common_mistakes_are_named(
         return
     with pytest.raises(UserError, match=message):
         SearchGRPOTrainer(**{**usual, **arguments})
+
+
+@pytest.mark.parametrize("place", ["indexes/wiki", "http://localhost:8000"])
+def test_for_a_place_instead_of_a_kind_the_error_says_what_opens_it(place: str) -> None:
+    with pytest.raises(UserError, match=rf"'{place}' is not a kind of retriever: .* open_retriever\('{place}'\)"):
+        load_retriever(place)
 
 
 def test_for_a_passage_that_is_only_text_the_error_shows_how_to_write_it() -> None:

@@ -80,6 +80,9 @@ def test_an_installed_package_adds_an_environment(tmp_path: Path, monkeypatch: p
             {"retriever": RETRIEVER, "pags": 3},
             "unknown option 'pags': did you mean 'pages'",
         ),
+        (LIBRARY, {"retriever": RETRIEVER, "zzz": 3}, r"There are: [^.]*\bpassages_per_query, retriever, timeout_s"),
+        ("Library", {}, "unknown environment 'Library'.*by its import path: my_module:Library, of my_module.py"),
+        ("my_env.py", {}, "'my_env.py' is a file: give its import path, my_env:NAME$"),
     ],
 )
 def test_an_environment_that_cannot_be_made_is_explained(name: str, options: dict, message: str) -> None:

@@ -193,6 +193,14 @@ def test_rewards_resolve_in_order() -> None:
         (".em", "'.em' cannot be imported"),
         ("no_such_module.reward", "'no_such_module.reward' cannot be imported: No module named"),
         ("trl_search.rewards:nothing", "cannot be imported: .*has no attribute 'nothing'"),
+        (
+            "trl_search.rewards:of_last_mesage",
+            r"\(/.*/rewards/__init__.py\): did you mean trl_search.rewards:of_last_",
+        ),
+        ("brevity", "Your own reward is given by its import path: my_module:brevity, of my_module.py in the working"),
+        ("my_rewards.py:brevity", "is a file: give its import path, my_rewards:brevity$"),
+        ("./rewards/mine.py", "is a file: give its import path, rewards.mine:NAME$"),
+        ("/home/me/mine.py:f", "is a file: give its import path, mine:f, and start in the folder of mine.py$"),
         ("trl_search.rewards:REFLECTION_CAP", "is not a function but int"),
     ],
 )

@@ -20,13 +20,15 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
 from typing import Any
 
-from trl_search.common.errors import UserError, unknown_name
+from trl_search.common.errors import UserError, nearest_names, unknown_name
 
 
 @dataclass(frozen=True)
@@ -67,40 +69,74 @@ class Registry:
                 ) from error
         raise unknown_name(self.noun, name, self.names())
 
+    def unknown(self, name: object) -> UserError:
+        """The error for a name that is not registered, where an import path would also do."""
+        own = name if isinstance(name, str) and name.isidentifier() else "name"
+        return UserError(
+            f"{unknown_name(self.noun, name, self.names())} Your own {self.noun} is given by its import path: "
+            f"my_module:{own}, of my_module.py in the working directory or of an installed package."
+        )
+
     def find(self, name: str) -> Any:
         """Imports the object of a registered name or of an import path (see [`import_object`]).
 
         Raises:
-            UserError: if it cannot be imported.
+            UserError: for an unknown name, or if it cannot be imported.
         """
-        if not isinstance(name, str) or name in self or not is_import_path(name):
-            return self.get(name)
-        return import_object(self.noun, name)
+        if isinstance(name, str) and name not in self and is_import_path(name):
+            return import_object(self.noun, name)
+        if not isinstance(name, str) or name not in self:
+            raise self.unknown(name)
+        return self.get(name)
 
 
 def import_object(noun: str, path: str) -> Any:
     """Imports the object of an import path, `my_package.module:attribute` or `my_package.module.attribute`.
 
     Raises:
-        UserError: if it cannot be imported.
+        UserError: if it cannot be imported, or is the path of a file.
     """
+    if is_python_file(path):
+        raise UserError(_file_for_import_path(noun, path))
     module, _, attribute = path.replace(":", ".").rpartition(".")
     # Python does not put the working directory into the path of a console script.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        imported = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
         top = module.partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError) and error.name == top
         remedy = f": put {top}.py into {os.getcwd()}, or install the package" if missing else ""
         raise UserError(f"{noun} {path!r} cannot be imported: {error}{remedy}") from error
+    try:
+        return getattr(imported, attribute)
+    except AttributeError as error:
+        near = nearest_names(attribute, [name for name in vars(imported) if not name.startswith("_")], 1)
+        remedy = f": did you mean {module}:{near[0]}?" if near else ""
+        where = f" ({imported.__file__})" if getattr(imported, "__file__", None) else ""
+        raise UserError(f"{noun} {path!r} cannot be imported: {error}{where}{remedy}") from error
 
 
 @functools.lru_cache(maxsize=64)
 def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
     """The entry points of a group, cached per `sys.path`, because finding them reads every installed package."""
     return entry_points(group=group)
+
+
+def is_python_file(name: str) -> bool:
+    """Whether a word is the path of a Python file, also with an attribute: `./rewards.py` or `rewards.py:brevity`."""
+    return re.fullmatch(r".*[^./]\.py([:.]\w+)?", name) is not None
+
+
+def _file_for_import_path(noun: str, path: str) -> str:
+    """The error for the path of a file where an import path is needed."""
+    file, _, attribute = path.rpartition(".py")
+    where = Path(file)
+    below = [] if where.is_absolute() or ".." in where.parts else where.parts[:-1]
+    module = ".".join([*below, where.name])
+    moved = "" if below or len(where.parts) == 1 else f", and start in the folder of {where.name}.py"
+    return f"{noun} {path!r} is a file: give its import path, {module}:{attribute[1:] or 'NAME'}{moved}"
 
 
 def is_import_path(name: str) -> bool:

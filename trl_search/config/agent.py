@@ -131,7 +131,7 @@ def check_agent(settings: AgentSettings) -> None:
     if settings.protocol not in protocol_names():
         raise unknown_name("protocol", settings.protocol, protocol_names())
     if settings.environment not in ENVIRONMENTS and not is_import_path(settings.environment):
-        raise unknown_name("environment", settings.environment, ENVIRONMENTS.names())
+        raise ENVIRONMENTS.unknown(settings.environment)
     for name, example in (
         ("chat_template_kwargs", '{"enable_thinking": false}'),
         ("environment_options", '{"max_calls": 3}'),

@@ -22,6 +22,7 @@ from trl_search.config.searched import WORLD
 from trl_search.config.task import TaskArguments
 from trl_search.environment.registry import SEARCH
 from trl_search.rewards import default_weight, resolve_rewards
+from trl_search.rewards.registry import names_a_model
 
 # Keys of TRL that only its own generation reads, and what to do instead.
 _NOT_OURS = {
@@ -75,8 +76,8 @@ def refuse_two_best(args: SearchGRPOConfig) -> None:
 def _weights(arguments: TaskArguments, config: SearchGRPOConfig) -> Sequence[float]:
     if config.reward_weights is not None:
         return config.reward_weights
-    # A slash marks a reward model, whose weight is 1.
-    return [1.0 if "/" in name else default_weight(resolve_rewards([name])[0]) for name in arguments.reward_funcs]
+    names = arguments.reward_funcs
+    return [1.0 if names_a_model(name) else default_weight(resolve_rewards([name])[0]) for name in names]
 
 
 def refuse_weightless_rewards(names: Sequence[str], weights: Sequence[float], args: SearchGRPOConfig) -> None:

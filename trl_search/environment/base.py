@@ -101,7 +101,10 @@ def check_environment(value: Any) -> Environment:
     if not isinstance(value, Environment):
         if callable(value) and not isinstance(value, type):
             raise UserError(f"environment={name} is a function: call it, and give the Environment that it returns")
-        raise UserError(f"an environment must be an instance of a subclass of Environment, not {value!r:.80}")
+        raise UserError(
+            f"an environment must be an instance of a subclass of Environment, not {value!r:.80}: docs/extending.md "
+            "shows one"
+        )
     if not all(hasattr(value, attribute) for attribute in value._set_by_init):
         raise UserError(f"{name}.__init__ does not call super().__init__(retriever, **options): call it first")
     try:

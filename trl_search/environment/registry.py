@@ -132,7 +132,8 @@ def _search_options(make: Any) -> list[str]:
         return []
     classes = make.__mro__[: make.__mro__.index(SearchEnvironment) + 1]
     parameters = [one for cls in classes for one in inspect.signature(cls).parameters.values()]
-    return [one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    # Both classes may have the same parameter, `retriever` above all: each name once, in order.
+    return list(dict.fromkeys(one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD))
 
 
 def _has_parameter(make: Any, name: str) -> bool:

@@ -47,6 +47,11 @@ def load_retriever(kind: str, **options: Any) -> Retriever:
         >>> retriever = load_retriever("bm25", index="indexes/wiki")
         >>> retriever.search(["who founded Orlune?"], k=3)
     """
+    if isinstance(kind, str) and kind not in RETRIEVERS and (os.sep in kind or Path(kind).is_dir()):
+        raise UserError(
+            f"{kind!r} is not a kind of retriever: an index folder or the address of a server is opened by "
+            f"open_retriever({kind!r}), imported from trl_search.retrieval"
+        )
     load = RETRIEVERS.get(kind)
     check_options(f"retriever {kind!r}", load, options)
     retriever = load(**{name: home_expanded(value) for name, value in options.items()})

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trl_search.common.errors import UserError
-from trl_search.common.registry import Registry
+from trl_search.common.registry import Registry, is_python_file
 from trl_search.rewards.built_in import BUILT_IN
 from trl_search.rewards.declaration import Reward
 
@@ -72,6 +72,11 @@ def listed_rewards(specs: Any) -> list[Any]:
     if not isinstance(specs, Iterable):
         raise UserError(f"a reward is a name or a function, not {type(specs).__name__}: {specs!r:.80}")
     return list(specs)
+
+
+def names_a_model(spec: Any) -> bool:
+    """Whether a reward is the name of a reward model, a hub id or a folder, which TRL loads."""
+    return isinstance(spec, str) and "/" in spec and not is_python_file(spec)
 
 
 def _resolve(spec: str | Reward) -> Reward:

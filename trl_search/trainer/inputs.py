@@ -25,7 +25,7 @@ from trl_search.retrieval import as_retriever
 from trl_search.rewards import resolve_rewards
 from trl_search.rewards.declaration import with_settings
 from trl_search.rewards.last_message import reads_first_message
-from trl_search.rewards.registry import listed_rewards
+from trl_search.rewards.registry import listed_rewards, names_a_model
 from trl_search.rewards.scores import checked
 from trl_search.trainer.generation.vllm_backend import refuse_what_vllm_cannot_do
 
@@ -46,8 +46,15 @@ def environment_of(args: Any, retriever: Any, environment: Any) -> Environment |
         raise UserError(f"args must be a SearchGRPOConfig, not a {type(args).__name__}")
     if environment is None:
         return build_environment(args.agent, None if retriever is None else as_retriever(retriever))
+    if isinstance(environment, str):
+        more = "" if retriever is None else ", retriever=..."
+        raise UserError(f'environment is a name: give environment=load_environment("{environment}"{more}) alone')
     if retriever is not None:
-        raise UserError("give a retriever or an environment, not both: SearchEnvironment(retriever) combines them")
+        name = getattr(environment, "__name__", type(environment).__name__)
+        raise UserError(
+            f"give a retriever or an environment, not both: give it to {name} (as in SearchEnvironment(retriever)), "
+            "and the trainer only the environment"
+        )
     made = check_environment(environment)
     if args.environment not in (SEARCH, name_of(made)):
         raise UserError(
@@ -62,7 +69,7 @@ def resolve_specs(specs: RewardSpec | Sequence[RewardSpec], args: SearchGRPOConf
     """Replaces names with functions, which get the settings they declare. A reward model is left to TRL: a loaded one,
     or a name with a slash, a hub id or a folder."""
     listed = listed_rewards(specs)
-    models = [spec for spec in listed if isinstance(spec, torch.nn.Module) or (isinstance(spec, str) and "/" in spec)]
+    models = [spec for spec in listed if isinstance(spec, torch.nn.Module) or names_a_model(spec)]
     others = [spec for spec in listed if spec not in models]
     functions = resolve_rewards(others) if others or not listed else []
     for model in models:
@@ -118,7 +125,10 @@ def refuse_what_rollouts_cannot_do(
         )
     taken = [name for name in ("tools", "environment_factory", "rollout_func") if kwargs.get(name)]
     if taken:
-        raise UserError(f"{taken[0]} configures TRL's multi-turn rollouts, which trl-search replaces: leave it out")
+        raise UserError(
+            f"{taken[0]} configures TRL's multi-turn rollouts, which trl-search replaces: leave it out. An "
+            "Environment declares your tools and runs them: environment=YourEnvironment(...) (docs/extending.md)"
+        )
     if args.use_vllm:
         refuse_what_vllm_cannot_do(args)
     refuse_what_fsdp_cannot_do(args)

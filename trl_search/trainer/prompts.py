@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +51,7 @@ def with_prompts(dataset: Any, protocol: Protocol, rewards: Sequence[Any], name:
             raise UserError(f"{name} is empty")
         return {key: with_prompts(one, protocol, rewards, f"{name}[{key!r}]") for key, one in dataset.items()}
     if not isinstance(dataset, Dataset | IterableDataset):
-        raise UserError(
-            f"{name} must be a Dataset, not {type(dataset).__name__}: convert a list with Dataset.from_list(rows)"
-        )
+        raise UserError(f"{name} must be a Dataset, not {type(dataset).__name__}: {_how_to_convert(dataset)}")
     if (form := getattr(dataset, "format", {"type": None})["type"]) in _ARRAYS:
         raise UserError(f"{name} returns rows in the format {form}: reset it with dataset.with_format(None)")
     first = next(iter(dataset), None)
@@ -205,3 +204,12 @@ def encode_prompts(prompts: Sequence[Any], protocol: Protocol) -> list[tuple[int
     keys = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
     rendered = {key: protocol.prompt_ids(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
     return [rendered[key] for key in keys]
+
+
+def _how_to_convert(rows: Any) -> str:
+    if isinstance(rows, str | Path):
+        return f"load_questions({str(rows)!r}) reads a file or a set"
+    library = type(rows).__module__.partition(".")[0]
+    if library in ("pandas", "polars"):
+        return f"convert it with Dataset.from_{library}(frame)"
+    return "convert a list with Dataset.from_list(rows)"
