@@ -193,6 +193,8 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
         ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
         ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
         ("data audit q.jsonl --corpus c --world_passages 9", "There are: --answers_field, --corpus,"),  # not data's
+        ("eval --model tiny --datasets w --output o", "MODEL is given without --model; trl-search eval --help"),
+        ("report --run_dir runs/x", "RUN_DIR is given without --run_dir; trl-search report --help"),
         ("doctor --serv qwen3b", "unknown option '--serv': did you mean '--server'"),
         ("doctor tiny --jsno", "unknown option '--jsno': did you mean '--json'"),
         ("doctor --prompt_tokens x", "--prompt_tokens: invalid int value: 'x'; trl-search doctor --help"),

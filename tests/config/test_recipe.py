@@ -21,7 +21,7 @@ from trl import ModelConfig
 from trl_search.cli.main import main
 from trl_search.common.errors import UserError
 from trl_search.config.grpo import SearchGRPOConfig
-from trl_search.config.recipe import build_arguments, find_recipe, recipe_values, shipped_recipes
+from trl_search.config.recipe import _OF_OTHERS, build_arguments, find_recipe, recipe_values, shipped_recipes
 from trl_search.config.task import TaskArguments, set_names
 from trl_search.data import HUB_SETS
 from trl_search.policies.adapters import adapter_config
@@ -134,6 +134,26 @@ def test_an_unknown_key_of_a_recipe_suggests_the_nearest(tmp_path: Path) -> None
 def test_an_unknown_option_suggests_the_nearest(option: list[str]) -> None:
     with pytest.raises(UserError, match="unknown option '--learning_rat': did you mean '--learning_rate'"):
         parse("quickstart", *option)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lr", "1e-5"], r"unknown option '--lr': it is called --learning_rate here$"),
+        (["--dataset_name=nq"], r"'--dataset_name': it is called --questions here$"),
+        (["--actor_rollout_ref.rollout.n", "5"], "'--actor_rollout_ref.rollout.n': keys with dots .*coming-from.md"),
+        (["data.train_batch_size=512"], r"arguments: data.train_batch_size=512: keys with dots .*coming-from.md"),
+        (["recipes/qwen3b.yaml"], r"^unrecognized arguments: recipes/qwen3b.yaml$"),
+    ],
+)
+def test_a_key_of_another_library_is_told_ours(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parse("quickstart", *words)
+
+
+def test_the_names_for_keys_of_other_libraries_are_keys_here() -> None:
+    known = {field.name for cls in (TaskArguments, SearchGRPOConfig, ModelConfig) for field in dataclasses.fields(cls)}
+    assert set(_OF_OTHERS.values()) <= known and not set(_OF_OTHERS) & known
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_a_script_is_loaded_by_import_path() -> None:
     assert load_script(f"{__name__}:adds") is adds
     for path, message in (
         (f"{__name__}:subtracts", "script '.*:subtracts' cannot be imported"),
+        ("my_script", "script 'my_script' cannot be imported: write module:name, as in my_script:name$"),
         ("no_such_module:play", "cannot be imported: No module named"),
         (f"{__name__}:NOT_A_SCRIPT", "must be a function: .* It is 3"),
         (f"{__name__}:Calculator", "must be a function"),

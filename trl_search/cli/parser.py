@@ -22,8 +22,16 @@ class CommandParser(argparse.ArgumentParser):
         words = message.removeprefix(_UNRECOGNIZED).split() if message.startswith(_UNRECOGNIZED) else []
         for word in words:
             if word.startswith("--"):
+                self._refuse_named_positional(word.partition("=")[0])
                 raise unknown_name("option", word.partition("=")[0], set(self._options()))
         raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help describes the command")
+
+    def _refuse_named_positional(self, option: str) -> None:
+        """Refuses `--model M` of a command that takes MODEL as its first word."""
+        for action in self._actions:
+            shown = str(action.metavar or action.dest).upper()
+            if not action.option_strings and shown == option.removeprefix("--").upper():
+                raise UserError(f"{shown} is given without {option}; {self.prog} --help describes the command")
 
     def _options(self) -> Iterator[str]:
         for action in self._actions:

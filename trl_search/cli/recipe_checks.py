@@ -306,7 +306,11 @@ def check_output(values: Mapping[str, Any]) -> Check:
     asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
     trained = results.is_file() and read_object(results, "move it away").get("history")
     if not asked and (trained or (folder / SETTINGS_FILE).is_file()):  # `sft` writes the second one last
-        resume = "--resume_from_checkpoint last to continue it, " if any(folder.glob("checkpoint-*")) else ""
+        resume = (
+            "--resume_from_checkpoint last with more steps to continue it, "
+            if any(folder.glob("checkpoint-*"))
+            else ""
+        )
         remedy = f"give another --output_dir, {resume}or --overwrite true to replace it"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
     return Check("output", Status.OK, str(folder))

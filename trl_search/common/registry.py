@@ -99,6 +99,8 @@ def import_object(noun: str, path: str) -> Any:
     if is_python_file(path):
         raise UserError(_file_for_import_path(noun, path))
     module, _, attribute = path.replace(":", ".").rpartition(".")
+    if not module:
+        raise UserError(f"{noun} {path!r} cannot be imported: write module:name, as in {attribute or 'module'}:name")
     # Python does not put the working directory into the path of a console script.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

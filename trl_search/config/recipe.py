@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,28 @@ from trl import TrlParser
 
 from trl_search.common.errors import UserError, unknown_name
 from trl_search.config.recipe_values import checked_values
+
+# Names that other libraries and habit give our keys, to which no spelling of ours is near.
+_OF_OTHERS = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "model": "model_name_or_path",
+    "use_lora": "use_peft",
+    "lora": "use_peft",
+    "lora_rank": "lora_r",
+    "dataset": "questions",
+    "dataset_name": "questions",
+    "train_dataset": "questions",
+    "eval_dataset": "eval_questions",
+    "index": "retriever",
+    "topk": "passages_per_query",
+    "max_turns": "max_searches",
+    "n_agent": "num_generations",
+    "reward": "reward_funcs",
+    "rewards": "reward_funcs",
+}
+_DOTTED = "keys with dots are those of verl and Search-R1; docs/coming-from.md names ours, written --key value"
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -116,14 +139,24 @@ def _refuse_unknown_options(options: Sequence[str], known: set[str]) -> None:
     for word in options:
         key = word[2:].split("=")[0].replace("-", "_")
         if word.startswith("--") and key not in known and key.removeprefix("no_") not in known:
-            raise unknown_name("option", f"--{key}", [f"--{name}" for name in known])
+            raise _unknown_key("option", key, known, "--")
+
+
+def _unknown_key(kind: str, key: str, known: set[str], prefix: str = "") -> UserError:
+    """The error for a key that is not ours, but perhaps that of another library."""
+    if "." in key:
+        return UserError(f"unknown {kind} '{prefix}{key}': {_DOTTED}")
+    if (ours := _OF_OTHERS.get(key)) in known:  # `sft` has no rewards
+        return UserError(f"unknown {kind} '{prefix}{key}': it is called {prefix}{ours} here")
+    return unknown_name(kind, f"{prefix}{key}", [f"{prefix}{name}" for name in known])
 
 
 class _Parser(TrlParser):
     """TRL's parser, with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        hint = f": {_DOTTED}" if re.match(r"unrecognized arguments: \+*[a-z_]+\.[\w.]+=", message) else ""
+        raise UserError(message.removeprefix("argument ") + hint)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -149,7 +182,7 @@ def _read(path: Path, arguments: Sequence[Any], known: set[str]) -> dict[str, An
         raise UserError(f"{path}: env must be a mapping of names to values")
     for key in values:
         if key not in known:
-            raise unknown_name(f"key of {path}", str(key), known)
+            raise _unknown_key(f"key of {path}", str(key), known)
     checked = checked_values(values, arguments, str(path))
     os.environ.update({str(name): str(value) for name, value in environment.items()})
     return checked

@@ -70,6 +70,7 @@ from trl_search.trainer.prepared_datasets import train_dataset_of
 from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.reference import KeepsReference, complete_reference
+from trl_search.trainer.resume import NamesDoneCheckpoint
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.rollouts import SearchRollouts
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
@@ -193,6 +194,7 @@ class SearchGRPOTrainer(
             self.collapse_alarm = CollapseAlarm(stop=args.on_collapse != "warn")
             self.callback_handler.callbacks[:0] = [self.collapse_alarm, self.run_log]
             show_steps(self)
+            self.add_callback(NamesDoneCheckpoint())
             self.add_callback(TrackerTables(self.run_log, self.trajectory_log))
             self.checkpoint_cards = CheckpointCards(args.agent, self.protocol, self.environment.tools, self.run_log)
             self.add_callback(self.checkpoint_cards)

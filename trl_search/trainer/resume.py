@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -65,6 +66,21 @@ def warn_of_missing_optimizer(checkpoint: str | None) -> None:
             "anew. To continue them, resume from a checkpoint that was saved with save_only_model: false",
             checkpoint,
         )
+
+
+class NamesDoneCheckpoint(TrainerCallback):
+    """Warns if a resumed run has no step left, as transformers ends it without a word."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and 0 < state.max_steps <= state.global_step:
+            by = f"max_steps={args.max_steps}" if args.max_steps > 0 else f"num_train_epochs={args.num_train_epochs:g}"
+            logger.warning(
+                "nothing is left to train: the checkpoint is of step %d, and this run ends at step %d (%s). To train "
+                "on, resume with a higher one",
+                state.global_step,
+                state.max_steps,
+                by,
+            )
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:

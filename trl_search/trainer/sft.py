@@ -37,7 +37,7 @@ from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
-from trl_search.trainer.resume import checkpoint_to_resume, warn_of_missing_optimizer
+from trl_search.trainer.resume import NamesDoneCheckpoint, checkpoint_to_resume, warn_of_missing_optimizer
 from trl_search.trainer.resumed_adapter import refuse_another_adapter
 from trl_search.trainer.resumed_optimizer import ResumesOptimizer
 from trl_search.types import Trajectory
@@ -117,6 +117,7 @@ def train(
     if config.merge_adapter and isinstance(trainer.model, PeftModel):
         refuse_tied(trainer.model, "or set merge_adapter: false")
     show_steps(trainer)
+    trainer.add_callback(NamesDoneCheckpoint())
     if run_log is not None:
         trainer.callback_handler.callbacks.insert(0, run_log)  # first, because it names the run for the trackers
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir or "."))
