@@ -71,6 +71,13 @@ def test_with_other_tools_than_search_the_remedy_is_not_a_protocol_that_refuses_
     assert "search_r1" not in str(error.value)
 
 
+def test_with_other_tools_qwen_inline_names_only_the_protocol_that_takes_them():
+    """search_r1 was named, too, which refuses them."""
+    tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}]
+    with pytest.raises(ValueError, match=r"use protocol='qwen_tools'$"):
+        load_protocol("qwen_inline", FAMILIES["Qwen3-Coder"].tokenizer(), tools=tools)
+
+
 @pytest.mark.parametrize("family", NATIVE)
 def test_a_rendered_call_is_parsed(family):
     protocol = protocol_of(family)

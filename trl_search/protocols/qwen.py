@@ -139,7 +139,7 @@ class QwenInline(QwenTools):
         if taught is not HERMES:
             raise TemplateProblem(
                 f"protocol 'qwen_inline' reads JSON in <tool_call>, but this chat template teaches the call format "
-                f"{taught.name!r}: use protocol='qwen_tools', or 'search_r1'"
+                f"{taught.name!r}: use protocol='qwen_tools'"
             )
         return "\n<tool_response>\n", "\n</tool_response>\n"
 
