@@ -337,3 +337,16 @@ def test_a_finished_run_is_not_written_over(tmp_path: Path) -> None:
     assert "--resume_from_checkpoint last" in check_output(values).remedy
     assert check_output({**values, "overwrite": True}).status is Status.OK
     assert check_output({**values, "resume_from_checkpoint": "last"}).status is Status.OK
+
+
+def test_the_checkpoints_of_an_interrupted_run_are_not_deleted(tmp_path: Path) -> None:
+    """The same command without --resume_from_checkpoint began anew, and save_total_limit deleted them."""
+    values = {"output_dir": str(tmp_path), "overwrite": False, "resume_from_checkpoint": None}
+    (tmp_path / "checkpoint-900").mkdir()
+    assert check_output(values).status is Status.OK, "it is incomplete, so that nothing can be resumed from it"
+    (tmp_path / "checkpoint-900/trainer_state.json").write_text("{}")
+    check = check_output(values)
+    assert check.status is Status.PROBLEM and "interrupted run, up to checkpoint-900" in check.said
+    assert check.remedy.startswith("--resume_from_checkpoint last to continue it") and "--overwrite" in check.remedy
+    assert check_output({**values, "overwrite": True}).status is Status.OK
+    assert check_output({**values, "resume_from_checkpoint": "last"}).status is Status.OK

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, check_sampling
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
@@ -300,17 +302,23 @@ def check_disk(values: Mapping[str, Any], parameters: int) -> Check:
 
 
 def check_output(values: Mapping[str, Any]) -> Check:
-    """Checks that the run would not overwrite a finished one."""
+    """Checks that the run would not overwrite a finished one, or delete the checkpoints of an interrupted one."""
     folder = Path(values.get("output_dir") or OUTPUT_DIR)
     results = folder / RESULTS_FILE
     asked = values.get("overwrite") or values.get("resume_from_checkpoint") or values.get("collect_only")
+    if asked:
+        return Check("output", Status.OK, str(folder))
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     trained = results.is_file() and read_object(results, "move it away").get("history")
-    if not asked and (trained or (folder / SETTINGS_FILE).is_file()):  # `sft` writes the second one last
-        resume = (
-            "--resume_from_checkpoint last with more steps to continue it, "
-            if any(folder.glob("checkpoint-*"))
-            else ""
-        )
+    if trained or (folder / SETTINGS_FILE).is_file():  # `sft` writes the second one last
+        resume = "--resume_from_checkpoint last with more steps to continue it, " if checkpoints else ""
         remedy = f"give another --output_dir, {resume}or --overwrite true to replace it"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
+    # A new run there would soon reach its save_total_limit and delete them, the oldest first.
+    if whole := [path.name for path in checkpoints if (path / TRAINER_STATE_NAME).is_file()]:
+        said = f"{folder} holds the checkpoints of an interrupted run, up to {whole[-1]}"
+        remedy = (
+            "--resume_from_checkpoint last to continue it, another --output_dir, or --overwrite true to begin anew"
+        )
+        return Check("output", Status.PROBLEM, said, remedy)
     return Check("output", Status.OK, str(folder))

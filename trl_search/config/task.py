@@ -74,7 +74,9 @@ class TaskArguments(QuestionArguments):
         0, "Also evaluate every N steps, log eval/em, and keep the best checkpoint as output_dir/best. 0: never."
     )
 
-    overwrite: bool = key(False, "Allow an output_dir that holds a finished run, and replace its results.")
+    overwrite: bool = key(
+        False, "Allow an output_dir that holds a finished run, or the checkpoints of another, and replace them."
+    )
 
     def __post_init__(self) -> None:
         check_minima(self, max_train_questions=1, max_eval_questions=1, warm_start_steps=0, evaluate_every=0)

@@ -134,7 +134,9 @@ def put_aside(folder: Path) -> None:
     for name in (RUN_FILE, METRICS_FILE, RESULTS_FILE, ROLLBACKS_FILE, TRAJECTORY_FOLDER):
         if (folder / name).exists():
             (folder / name).rename(target / name)
-    logger.warning("%s held the records of another run: they were moved to %s", folder, target)
+    kept = "; its checkpoints are still here, and save_total_limit deletes them first"
+    more = kept if any(folder.glob("checkpoint-*")) else ""
+    logger.warning("%s held the records of another run: they were moved to %s%s", folder, target, more)
 
 
 def _config(args: TrainingArguments) -> dict[str, Any]:

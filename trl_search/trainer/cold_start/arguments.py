@@ -54,7 +54,7 @@ class ColdStartArguments(AgentSettings, QuestionArguments):
         "Folder of the attempts. Attempts are appended as they finish, and the next run reads them. Default: "
         "output_dir/collection.",
     )
-    overwrite: bool = key(False, "Allow an output_dir that holds a finished model, and replace it.")
+    overwrite: bool = key(False, "Allow an output_dir that holds a finished model or checkpoints, and replace them.")
     collect_only: bool = key(False, "Only collect and select attempts; do not train.")
 
     min_f1: float | None = key(None, "Keep answers with at least this F1. Default: only exact matches.")
