@@ -40,6 +40,7 @@ from trl_search.trainer.loss.attention import why_not_padding_free
 from trl_search.trainer.resume import NamesDoneCheckpoint, checkpoint_to_resume, warn_of_missing_optimizer
 from trl_search.trainer.resumed_adapter import refuse_another_adapter
 from trl_search.trainer.resumed_optimizer import ResumesOptimizer
+from trl_search.trainer.trajectory_order import KeepsTrajectoryOrder, order_of
 from trl_search.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class SearchSFTConfig(SFTConfig):
         check_sft_keys(self)
 
 
-class _SFTTrainer(ResumesOptimizer, FiniteSteps, SFTTrainer):
+class _SFTTrainer(KeepsTrajectoryOrder, ResumesOptimizer, FiniteSteps, SFTTrainer):
     pass
 
 
@@ -113,6 +114,7 @@ def train(
     trainer = _SFTTrainer(
         model=model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
     )
+    trainer.order = order_of(config, rows)
     refuse_tokens_of_the_head(trainer.model)
     if config.merge_adapter and isinstance(trainer.model, PeftModel):
         refuse_tied(trainer.model, "or set merge_adapter: false")

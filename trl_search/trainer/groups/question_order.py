@@ -88,7 +88,7 @@ class KeepsOrder(Trainer):
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.environment is not None and not self.args.ignore_data_skip:
-            check_order(Path(checkpoint), self._order)
+            check_order(Path(checkpoint) / FILE, self._order)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.environment is not None and self.args.should_save:
@@ -122,22 +122,22 @@ def digest_of(dataset: Dataset | IterableDataset) -> str:
     return digest.hexdigest()
 
 
-def check_order(checkpoint: Path, order: dict[str, Any]) -> None:
-    """Checks a run that resumes from `checkpoint`. Checkpoints of earlier versions have no file.
+def check_order(path: Path, order: dict[str, Any], what: str = "questions") -> None:
+    """Compares the order of a run with that of the checkpoint that it resumes, in `path`, which checkpoints of earlier
+    versions do not have.
 
     Raises:
         UserError: if the checkpoint was trained in another order.
     """
-    path = checkpoint / FILE
     if not path.is_file():
         return
     found = list(differences(read_object(path, "remove it to continue without comparing"), order))
     if not found:
         return
-    said = [f"{name}: {old} then, {new} now" for name, old, new in found if name != "questions"]
+    said = [f"{name}: {old} then, {new} now" for name, old, new in found if name != what]
     raise UserError(
-        f"{checkpoint} was trained with other questions or batches ({', '.join(said) or 'the questions differ'}), so "
-        "this run would ask some questions twice and others never: resume with the same questions, seed and batches "
-        "(half as many processes need twice the gradient_accumulation_steps and steps_per_generation), or set "
-        "ignore_data_skip: true to begin with the first question again"
+        f"{path.parent} was trained with other {what} or batches ({', '.join(said) or f'the {what} differ'}), so this "
+        f"run would take some {what} twice and others never: resume with the same {what}, seed and batches (half as "
+        "many processes need twice the gradient_accumulation_steps and, in GRPO, steps_per_generation), or set "
+        f"ignore_data_skip: true to begin with the first of the {what} again"
     )
