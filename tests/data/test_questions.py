@@ -189,11 +189,21 @@ def test_a_question_that_is_not_text_is_refused_with_its_line_and_type(
         load_questions(write_jsonl(tmp_path / "q.jsonl", asked("first"), row))
 
 
+def test_a_named_column_that_one_file_lacks_says_how_to_write_both_alike(tmp_path: Path) -> None:
+    """`--answers_field answer` is that of the training file, but a file for the evaluation has golden_answers."""
+    pd.DataFrame({"question": ["who?"], "golden_answers": ["Ann"]}).to_csv(tmp_path / "test.csv")  # with its index
+    with pytest.raises(UserError) as error:
+        load_questions(tmp_path / "test.csv", fields=QuestionFields(answers="answer"))
+    assert "no column 'answer', which answers_field names in every file" in str(error.value)
+    assert "the columns are: '', question, golden_answers. " in str(error.value)
+    assert "`trl-search data questions FILE --answers_field COLUMN --output NEW.jsonl`" in str(error.value)
+
+
 def test_a_missing_column_names_the_option(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "q.jsonl", {"question": "a", "answer": "b"})
     with pytest.raises(UserError, match=r"are: question, answer\. Name the one .* --answers_field COLUMN"):
         load_questions(path)
-    with pytest.raises(UserError, match=r"no column 'aswer'; the columns are: question, answer\."):
+    with pytest.raises(UserError, match=r"no column 'aswer', .*; the columns are: question, answer\."):
         load_questions(path, fields=QuestionFields(answers="aswer"))
     with pytest.raises(UserError, match=r"no column 'number'.*--id_field COLUMN"):
         load_questions(path, fields=QuestionFields(answers="answer", id="number"))

@@ -52,10 +52,18 @@ def _find(option: str, named: str | None, known: Sequence[str], columns: Sequenc
     """Raises if the named column (or, without a name, every known one) is missing."""
     if any(column in columns for column in (known if named is None else [named])):
         return
-    wanted = repr(named) if named is not None else f"{known[0]!r} (nor {known[1]!r}, where verl keeps it)"
+    there = ", ".join(column or "''" for column in columns) or "none"  # pandas writes its index under an empty name
+    argument = f"QuestionFields({option.removesuffix('_field')}=COLUMN)"
+    if named is not None:
+        raise UserError(
+            f"{where}: there is no column {named!r}, which {option} names in every file of questions; the "
+            f"columns are: {there}. Name the one that holds it: --{option} COLUMN ({argument}). If your files "
+            f"differ, `trl-search data questions FILE --{option} COLUMN --output NEW.jsonl` writes one that "
+            f"needs no {option}"
+        )
     raise UserError(
-        f"{where}: there is no column {wanted}; the columns are: {', '.join(columns) or 'none'}. "
-        f"Name the one that holds it: --{option} COLUMN (QuestionFields({option.removesuffix('_field')}=COLUMN))"
+        f"{where}: there is no column {known[0]!r} (nor {known[1]!r}, where verl keeps it); the columns are: {there}. "
+        f"Name the one that holds it: --{option} COLUMN ({argument})"
     )
 
 

@@ -58,6 +58,17 @@ def test_the_manifest_describes_the_index(index: Path, corpus: Path) -> None:
     assert set(manifest.files) == {str(f.relative_to(index)) for f in index.rglob("*") if f.is_file()} - {MANIFEST}
 
 
+@pytest.mark.parametrize(("long", "told"), [(2, True), (1, False)])
+def test_documents_that_are_not_cut_into_passages_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, long: int, told: bool
+) -> None:
+    """A folder of articles was indexed without a word, and the policy read only the beginning of each."""
+    texts = ["A harbour town. " * 300] * long + ["A country."] * (15 - long)
+    build_index([Passage(str(i), "", text) for i, text in enumerate(texts)], tmp_path / "index")
+    assert ("13% of the passages are longer than 3000 bytes" in caplog.text) == told
+    assert ("trl-search data chunk DOCUMENTS" in caplog.text) == told
+
+
 def test_the_same_corpus_gives_the_same_bytes(index: Path, corpus: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from trl_search.retrieval.index.folder import build_index; build_index(sys.argv[1], sys.argv[2])"
@@ -209,7 +220,7 @@ def test_an_index_is_replaced_only_on_request_and_never_by_a_failed_build(index:
 def test_other_folders_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("three years of work")
-    with pytest.raises(IndexFolderError, match="not a finished index"):
+    with pytest.raises(IndexFolderError, match=r"not a finished index: choose another output$"):
         build_index(WORLD, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "three years of work"
 

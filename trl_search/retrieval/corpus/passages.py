@@ -120,6 +120,10 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def share_above(self, size_bytes: int) -> float:
+        """The share of the rows that are longer than this, without reading them."""
+        return float((np.diff(self._offsets) > size_bytes).mean()) if len(self) else 0.0
+
     def __getitem__(self, row: int) -> Passage:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")

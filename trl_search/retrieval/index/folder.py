@@ -36,6 +36,9 @@ FORMAT = 1
 _CORPUS = "corpus"  # the step that writes the passages
 logger = logging.getLogger(__name__)
 
+_DOCUMENT_BYTES = 3000  # a passage of wiki-18 has about 700; by default, a policy reads 256 tokens of each
+_SHARE_TOLD = 0.1
+
 
 class IndexFolderError(UserError):
     """A folder cannot be used as an index. The message says why and which command rebuilds it."""
@@ -142,6 +145,7 @@ def build_index(
                 write_corpus(source, build.path, fields, skip_duplicates=skip_duplicates).close()
                 build.note(_CORPUS)
             with contextlib.closing(Corpus(build.path)) as rows:
+                _warn_of_documents(rows)
                 if isinstance(builder, Plans):
                     announce(builder.plan(len(rows)))
                 if isinstance(builder, Shares):
@@ -165,6 +169,18 @@ def build_index(
             write_json(build.path / MANIFEST, asdict(manifest))
         build.put_in_place(replace=overwrite)
     return read_manifest(output)
+
+
+def _warn_of_documents(rows: Corpus) -> None:
+    """Warns if passages are whole documents, of which a policy would read little more than the beginning."""
+    if (share := rows.share_above(_DOCUMENT_BYTES)) >= _SHARE_TOLD:
+        logger.warning(
+            "%.0f%% of the passages are longer than %d bytes (some 500 words), and a policy reads only the first "
+            "words of each, as max_observation_length tokens are shared by all passages of a search: cut them into "
+            "passages first, with trl-search data chunk DOCUMENTS --size 100 --output corpus.jsonl",
+            100 * share,
+            _DOCUMENT_BYTES,
+        )
 
 
 def join_build(output: str | Path, kind: str, workers: Workers, **options: Any) -> None:
@@ -306,7 +322,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         if not overwrite:
             raise IndexFolderError(f"{output} holds an index already; pass --overwrite (overwrite=True) to replace it")
     elif not may_be_built(output):
-        raise IndexFolderError(f"{output} exists and is not a finished index; remove it or choose another output")
+        raise IndexFolderError(f"{output} exists and is not a finished index: choose another output")
 
 
 def _check_outside(output: Path, corpus: object) -> None:
