@@ -190,6 +190,7 @@ def test_both_kinds_of_command_run(commands: Path, capsys: pytest.CaptureFixture
         ("chat tiny --retreiver world hi", "unknown option '--retreiver': did you mean '--retriever'"),
         ("eval tiny --datsets=world --datasets w --output o", "unknown option '--datsets': did you mean '--datasets'"),
         ("data chunk d.jsonl --output c.jsonl --overlp 4", "unknown option '--overlp': did you mean '--overlap'"),
+        ("eval tiny --datasets w --output o --modes search rga", "unknown mode 'rga': did you mean 'rag'"),
         ("eval tiny", "required: --datasets, --output; trl-search eval --help describes the command"),
         ("index --corpus c.jsonl --output o --kind bm52", "--kind: invalid choice: 'bm52' (choose from 'bm25', "),
         ("data audit q.jsonl --corpus c --world_passages 9", "There are: --answers_field, --corpus,"),  # not data's

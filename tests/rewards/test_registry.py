@@ -184,6 +184,7 @@ def test_rewards_resolve_in_order() -> None:
     ("specs", "message"),
     [
         ("formt", r"unknown reward 'formt': did you mean 'format'\? There are: em, f1, format, reflection, retrieval"),
+        ("em,format", "^unknown reward 'em,format': give separate words, em format$"),
         ("zzz", r"unknown reward 'zzz'\. There are: em"),
         ([], "reward_funcs is empty"),
         (["em", "f1", "em"], "'em' is named twice"),

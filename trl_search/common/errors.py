@@ -29,6 +29,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
         UserError: unknown reward 'fromat': did you mean 'format'? There are: em, f1, format.
     """
     names = sorted(known)
+    parts = name.split(",") if isinstance(name, str) and "," in name else []
+    if parts and all(part.strip() in names for part in parts):
+        return UserError(f"unknown {kind} {name!r}: give separate words, {' '.join(part.strip() for part in parts)}")
     nearest = nearest_names(name, names, 1 if len(names) <= _FEW else 3) if isinstance(name, str) else []
     hint = f": did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
     return UserError(f"unknown {kind} {name!r}{hint}{_listed(names, nearest)}")

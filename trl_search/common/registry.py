@@ -72,6 +72,8 @@ class Registry:
     def unknown(self, name: object) -> UserError:
         """The error for a name that is not registered, where an import path would also do."""
         own = name if isinstance(name, str) and name.isidentifier() else "name"
+        if isinstance(name, str) and "," in name:
+            return unknown_name(self.noun, name, self.names())
         return UserError(
             f"{unknown_name(self.noun, name, self.names())} Your own {self.noun} is given by its import path: "
             f"my_module:{own}, of my_module.py in the working directory or of an installed package."

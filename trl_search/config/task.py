@@ -19,6 +19,7 @@ from trl_search.data import QuestionFields, load_evaluation_questions, load_ques
 from trl_search.data.world import Question, generate_world
 from trl_search.retrieval import Retriever
 from trl_search.rewards import resolve_rewards
+from trl_search.rewards.registry import names_a_model
 
 
 @dataclass
@@ -91,7 +92,7 @@ class TaskArguments(QuestionArguments):
         for mode in self.baselines:
             if mode not in BASELINES:
                 raise unknown_name("baseline", mode, BASELINES)
-        named = [name for name in self.reward_funcs if "/" not in name]  # a slash marks a reward model
+        named = [name for name in self.reward_funcs if not names_a_model(name)]
         if named or not self.reward_funcs:
             resolve_rewards(named)
 

@@ -96,7 +96,7 @@ def check_names(sets: Sequence[QuestionSet]) -> None:
             if one.name.casefold() == other.name.casefold():
                 raise UserError(
                     f"{other.source} and {one.source} are both called {one.name!r}: give each its own --output, or "
-                    "give one another data_source"
+                    "give one another name or data_source"
                 )
 
 
