@@ -72,7 +72,7 @@ def test_questions_that_are_sometimes_solved_are_written_with_pass_rates(source,
     ]
     out = capsys.readouterr().out
     assert "never solved      1\n" in out and "sometimes         2\n" in out and "searches failed   1\n" in out
-    assert len(answered) == 1 and answered[0].modes == "search" and answered[0].temperature == 1.0
+    assert len(answered) == 1 and answered[0].modes == ["search"] and answered[0].temperature == 1.0
     asked = load_dataset("json", data_files=answered[0].datasets, split="train")
     assert len(asked) == 12 and len(set(asked["id"])) == 12
 

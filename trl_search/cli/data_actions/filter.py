@@ -72,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     folder = output.with_name(f"{output.name}.asked")
     asked, answers = folder / f"{_SET}.jsonl", folder / "answers"
     write_jsonl(asked, _repeated(questions, args.pass_at))  # every process writes the same rows, so none waits
-    options = {"datasets": [str(asked)], "output": str(answers), "modes": "search", "limit": None, "published": "none"}
+    asking = {"datasets": [str(asked)], "modes": ["search"], "limit": None}
+    writing = {"output": str(answers), "published": "none"}
     fields = {"question_field": None, "answers_field": None, "id_field": None}
     try:
-        evaluation.evaluate(argparse.Namespace(**{**vars(args), **options, **fields}))
+        evaluation.evaluate(argparse.Namespace(**{**vars(args), **asking, **writing, **fields}))
     except OtherSettings as error:
         raise UserError(
             f"{folder} holds answers from other settings ({error.differences}): remove that folder, or give "
