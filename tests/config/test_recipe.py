@@ -151,6 +151,11 @@ def test_a_key_of_another_library_is_told_ours(words: list[str], told: str) -> N
         parse("quickstart", *words)
 
 
+def test_values_with_commas_are_told_to_be_separate_words() -> None:
+    with pytest.raises(UserError, match=r"invalid float value: '1\.0,0\.1': several values are separate words$"):
+        parse("quickstart", "--reward_weights", "1.0,0.1")
+
+
 def test_the_names_for_keys_of_other_libraries_are_keys_here() -> None:
     known = {field.name for cls in (TaskArguments, SearchGRPOConfig, ModelConfig) for field in dataclasses.fields(cls)}
     assert set(_OF_OTHERS.values()) <= known and not set(_OF_OTHERS) & known

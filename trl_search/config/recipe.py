@@ -155,7 +155,11 @@ class _Parser(TrlParser):
     """TRL's parser, with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        hint = f": {_DOTTED}" if re.match(r"unrecognized arguments: \+*[a-z_]+\.[\w.]+=", message) else ""
+        hint = ""
+        if re.match(r"unrecognized arguments: \+*[a-z_]+\.[\w.]+=", message):
+            hint = f": {_DOTTED}"
+        elif re.search(r"invalid (int|float) value: '[^']+,", message):  # --reward_weights 1.0,0.1
+            hint = ": several values are separate words"
         raise UserError(message.removeprefix("argument ") + hint)
 
 

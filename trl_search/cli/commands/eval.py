@@ -47,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datasets", required=True, nargs="+", metavar="SET", help="names and files, separated by commas or spaces"
     )
     parser.add_argument(
-        "--modes", default=["search"], nargs="+", metavar="MODE", help="search,direct,cot,rag (default: search)"
+        "--modes",
+        default=["search"],
+        nargs="+",
+        metavar="MODE",
+        help="some of search, direct, cot, rag (default: search)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="a new folder, or an evaluation to resume")
     parser.add_argument("--limit", type=int, metavar="N", help="ask a random sample of N questions per set")
@@ -129,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> str:
     from trl_search.evaluation.backends import BACKENDS, Backend
     from trl_search.evaluation.evaluate import MODES
 
-    modes = list(dict.fromkeys(filter(None, ",".join(args.modes).split(","))))
+    modes = set_names(args.modes)
     for mode in modes:
         if mode not in MODES:
             raise unknown_name("mode", mode, MODES)
