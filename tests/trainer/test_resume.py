@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers.utils import logging as hf_logging
 
 from tests.support.scripted_trainer import four_ways, scripted_trainer
 
@@ -28,3 +29,15 @@ def test_a_resume_with_no_step_left_is_told(tmp_path, random_model, tokenizer, c
     resumed = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, **steps, **options)
     resumed.train(resume_from_checkpoint="last")
     assert caplog.text.count("nothing is left to train: the checkpoint is of step 2") == said
+
+
+def test_a_tied_weight_is_not_called_missing_at_a_resume(tmp_path, random_model, tokenizer, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    hf_logging.enable_propagation()
+    try:
+        for steps in (1, 2):
+            trainer = scripted_trainer(tmp_path, random_model, tokenizer, four_ways, max_steps=steps, **options)
+            trainer.train(resume_from_checkpoint=steps > 1)
+    finally:
+        hf_logging.disable_propagation()
+    assert trainer.state.global_step == 2 and "missing keys" not in caplog.text

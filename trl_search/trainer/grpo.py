@@ -70,7 +70,7 @@ from trl_search.trainer.prepared_datasets import train_dataset_of
 from trl_search.trainer.prompts import check_reward_calls, first_prompt, with_prompts
 from trl_search.trainer.rank_watch import ending_together
 from trl_search.trainer.reference import KeepsReference, complete_reference
-from trl_search.trainer.resume import NamesDoneCheckpoint
+from trl_search.trainer.resume import LoadsTiedWeights, NamesDoneCheckpoint
 from trl_search.trainer.rollback import RollsBack
 from trl_search.trainer.rollouts import SearchRollouts
 from trl_search.trainer.tag_rows import warn_of_untrained_tags
@@ -79,7 +79,7 @@ from trl_search.trainer.turn_credit import refuse_turn_credit
 
 
 class SearchGRPOTrainer(
-    RollsBack, KeepsReference, SearchRollouts, KeepsOrder, FiniteSteps, EvenMicroBatches, GRPOTrainer
+    RollsBack, LoadsTiedWeights, KeepsReference, SearchRollouts, KeepsOrder, FiniteSteps, EvenMicroBatches, GRPOTrainer
 ):
     """
     Trains a policy with GRPO to search, read and answer.

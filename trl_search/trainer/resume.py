@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -81,6 +81,16 @@ class NamesDoneCheckpoint(TrainerCallback):
                 state.max_steps,
                 by,
             )
+
+
+class LoadsTiedWeights(Trainer):
+    """A mixin for models whose head is the embedding, as in the smaller Qwen2.5. Their checkpoints hold it once, and
+    transformers would warn at each resume that the head is missing. List it before TRL's trainer."""
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
 
 def checkpoint_folder(trainer: Any, trial: Any) -> Path:

@@ -37,7 +37,12 @@ from trl_search.retrieval.base import Retriever
 from trl_search.trainer.callbacks.progress import show_steps
 from trl_search.trainer.finite import FiniteSteps, avoid_cudnn_attention, refuse_nonfinite_weights
 from trl_search.trainer.loss.attention import why_not_padding_free
-from trl_search.trainer.resume import NamesDoneCheckpoint, checkpoint_to_resume, warn_of_missing_optimizer
+from trl_search.trainer.resume import (
+    LoadsTiedWeights,
+    NamesDoneCheckpoint,
+    checkpoint_to_resume,
+    warn_of_missing_optimizer,
+)
 from trl_search.trainer.resumed_adapter import refuse_another_adapter
 from trl_search.trainer.resumed_optimizer import ResumesOptimizer
 from trl_search.trainer.trajectory_order import KeepsTrajectoryOrder, order_of
@@ -74,7 +79,7 @@ class SearchSFTConfig(SFTConfig):
         check_sft_keys(self)
 
 
-class _SFTTrainer(KeepsTrajectoryOrder, ResumesOptimizer, FiniteSteps, SFTTrainer):
+class _SFTTrainer(KeepsTrajectoryOrder, LoadsTiedWeights, ResumesOptimizer, FiniteSteps, SFTTrainer):
     pass
 
 
