@@ -16,7 +16,7 @@ fails if a new TRL moves it:
 | `training_step`, `_get_grad_norm`    | skip a step that is not finite                     | `finite.py`             |
 | `evaluate`, `predict`, `log`         | name the metrics of each set, average them exactly | `evaluations.py`        |
 | `_save_checkpoint`,                  | keep the place in the questions, pass rates, and   | `groups/`               |
-| `_load_optimizer_and_scheduler`      | the questions of unfinished groups                 |                         |
+| `_load_optimizer_and_scheduler`      | the questions of unfinished groups                 | `resumed_order.py`      |
 | `train`                              | go back to the best checkpoint after a collapse    | `rollback.py`           |
 | `create_model_card`                  | write our model card                               | here                    |
 """

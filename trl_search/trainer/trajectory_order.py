@@ -7,39 +7,20 @@ transformers skips as many batches as the checkpoint was trained on. A larger co
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
-from trl_search.common.files import write_json
-from trl_search.trainer.groups.question_order import check_order
-from trl_search.trainer.resume import checkpoint_folder
-
-FILE = "trajectory_order.json"
+from trl_search.trainer.resumed_order import ResumesInOrder
 
 
-class KeepsTrajectoryOrder(Trainer):
-    """A mixin that compares the trajectories of a resumed run with its checkpoint's. List it before TRL's trainer, and
-    set `order` before the training."""
+class KeepsTrajectoryOrder(ResumesInOrder):
+    """A mixin that trains on each trajectory once per epoch, also if the run is resumed. List it before TRL's trainer,
+    and set `order` before the training."""
 
-    order: dict[str, Any]
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A resumed training calls it before its first batch.
-
-        Raises:
-            UserError: if the checkpoint was trained in another order.
-        """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not self.args.ignore_data_skip:
-            check_order(Path(checkpoint, FILE), self.order, "trajectories")
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            write_json(checkpoint_folder(self, trial) / FILE, self.order)
-        super()._save_checkpoint(model, trial)
+    order_of_what = "trajectories"
+    order_file = "trajectory_order.json"
 
 
 def order_of(args: TrainingArguments, rows: Dataset) -> dict[str, Any]:

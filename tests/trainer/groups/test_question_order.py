@@ -8,7 +8,7 @@ from datasets import Dataset
 from tests.conftest import make_random_model
 from tests.support.scripted_trainer import ROWS, real_trainer
 from trl_search.common.errors import UserError
-from trl_search.trainer.groups.question_order import FILE
+from trl_search.trainer.groups.question_order import KeepsOrder
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 OTHERS = Dataset.from_list([{**row, "question": row["question"] + " Please."} for row in ROWS])
@@ -60,9 +60,9 @@ def test_a_user_may_begin_the_questions_again(checkpoint, tmp_path, random_model
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(checkpoint, tmp_path, random_model, tokenizer):
-    order = (checkpoint / FILE).read_text()
-    (checkpoint / FILE).unlink()
+    order = (checkpoint / KeepsOrder.order_file).read_text()
+    (checkpoint / KeepsOrder.order_file).unlink()
     try:
         assert resume(checkpoint, tmp_path, random_model, tokenizer, seed=2)
     finally:
-        (checkpoint / FILE).write_text(order)
+        (checkpoint / KeepsOrder.order_file).write_text(order)

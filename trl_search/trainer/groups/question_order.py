@@ -3,16 +3,14 @@
     checkpoint-40/question_order.json    {"seed": 42, "shuffle_dataset": true, "number of questions": 90447,
                                           "questions": "3f1c…", "questions per batch": 64, "steps per batch": 1.0}
 
-transformers skips as many batches as the checkpoint was trained on. With batches of another size, or the questions in
-another order, a resumed run would ask some questions twice and others never. Every rank takes its rows of a batch by
-their number in the dataset, so if ranks had other questions, a group that is spread over ranks would mix them.
+`resumed_order.py` compares it with the order of a resumed run. Every rank takes its rows of a batch by their number in
+the dataset, so if ranks had other questions, a group that is spread over ranks would mix them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +19,11 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
-from trl_search.common.files import read_object, write_json
 from trl_search.config.grpo import SearchGRPOConfig
 from trl_search.environment import Environment
 from trl_search.records.trajectory_log import question_text
-from trl_search.trainer.resume import checkpoint_folder
-
-FILE = "question_order.json"
+from trl_search.trainer.resumed_order import ResumesInOrder
 
 
 class EpochOrder(Sampler[int]):
@@ -53,13 +47,12 @@ class EpochOrder(Sampler[int]):
         return iter(self.sampler)
 
 
-class KeepsOrder(Trainer):
+class KeepsOrder(ResumesInOrder):
     """A mixin that asks each question once per epoch, also if the run is resumed. List it before TRL's trainer."""
 
     args: SearchGRPOConfig
     environment: Environment | None
     train_dataset: Any
-    _order: dict[str, Any]  # of the training that runs
 
     def note_order(self) -> None:
         """Notes the order of the questions when a training begins. Every rank must call it.
@@ -67,10 +60,10 @@ class KeepsOrder(Trainer):
         Raises:
             UserError: if the ranks have different questions, or the same in another order.
         """
-        self._order = order_of(self.args, self.train_dataset)
+        self.order = order_of(self.args, self.train_dataset)
         if self.accelerator.num_processes == 1:
             return
-        digest = self._order["questions"] or digest_of(self.train_dataset.take(self.args.generation_batch_size))
+        digest = self.order["questions"] or digest_of(self.train_dataset.take(self.args.generation_batch_size))
         if len(set(gather_object([digest]))) > 1:
             raise UserError(
                 "the processes have different training questions, or the same in another order: load and shuffle them "
@@ -79,21 +72,6 @@ class KeepsOrder(Trainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return EpochOrder(super()._get_train_sampler(dataset), self)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """A resumed training calls it before its first batch.
-
-        Raises:
-            UserError: if the checkpoint was trained in another order.
-        """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.environment is not None and not self.args.ignore_data_skip:
-            check_order(Path(checkpoint) / FILE, self._order)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.environment is not None and self.args.should_save:
-            write_json(checkpoint_folder(self, trial) / FILE, self._order)
-        super()._save_checkpoint(model, trial)
 
 
 def order_of(args: SearchGRPOConfig, dataset: Any) -> dict[str, Any]:
@@ -120,24 +98,3 @@ def digest_of(dataset: Dataset | IterableDataset) -> str:
         for value in rows[column]:
             digest.update(f"{question_text({column: value})}\n".encode(errors="replace"))
     return digest.hexdigest()
-
-
-def check_order(path: Path, order: dict[str, Any], what: str = "questions") -> None:
-    """Compares the order of a run with that of the checkpoint that it resumes, in `path`, which checkpoints of earlier
-    versions do not have.
-
-    Raises:
-        UserError: if the checkpoint was trained in another order.
-    """
-    if not path.is_file():
-        return
-    found = list(differences(read_object(path, "remove it to continue without comparing"), order))
-    if not found:
-        return
-    said = [f"{name}: {old} then, {new} now" for name, old, new in found if name != what]
-    raise UserError(
-        f"{path.parent} was trained with other {what} or batches ({', '.join(said) or f'the {what} differ'}), so this "
-        f"run would take some {what} twice and others never: resume with the same {what}, seed and batches (half as "
-        "many processes need twice the gradient_accumulation_steps and, in GRPO, steps_per_generation), or set "
-        f"ignore_data_skip: true to begin with the first of the {what} again"
-    )
