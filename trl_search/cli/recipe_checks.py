@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from trl_search.cli.model_checks import check_template
 from trl_search.cli.preflight import Check, Device, Status, check_sampling
 from trl_search.cli.retriever_checks import package_problem, retriever_checks
@@ -39,6 +37,7 @@ from trl_search.policies.adapters import ADAPTER_CONFIG
 from trl_search.policies.loading import model_source, read_config
 from trl_search.protocols.instructions import tool_names
 from trl_search.records.tracker_checks import refuse_trackers
+from trl_search.trainer.resume import is_whole
 
 GIB = 2**30
 _TRACKERS = ("wandb", "trackio", "tensorboard")
@@ -315,7 +314,7 @@ def check_output(values: Mapping[str, Any]) -> Check:
         remedy = f"give another --output_dir, {resume}or --overwrite true to replace it"
         return Check("output", Status.PROBLEM, f"{folder} holds a finished run", remedy)
     # A new run there would soon reach its save_total_limit and delete them, the oldest first.
-    if whole := [path.name for path in checkpoints if (path / TRAINER_STATE_NAME).is_file()]:
+    if whole := [path.name for path in checkpoints if is_whole(path)]:
         said = f"{folder} holds the checkpoints of an interrupted run, up to {whole[-1]}"
         remedy = (
             "--resume_from_checkpoint last to continue it, another --output_dir, or --overwrite true to begin anew"
