@@ -43,12 +43,12 @@ def only_cached(name: str) -> bool:
     return _hub_is_away(name, cached, remedy)
 
 
-def cached_revision(name: str) -> str | None:
-    """The commit of a model's configuration in the cache; `None` if it is not there."""
+def cached_folder(name: str) -> Path | None:
+    """The folder of a model in the cache, which has the name of its commit; `None` if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def refuse_unreachable_dataset(name: str, config: str | None, said: str) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from trl_search.common.differences import differences
 from trl_search.common.errors import UserError
 from trl_search.common.files import read_object
-from trl_search.common.hub import cached_revision
+from trl_search.common.hub import cached_folder
 from trl_search.common.provenance import without_secrets
 from trl_search.config.agent import AgentSettings
 from trl_search.environment import Environment, SearchEnvironment
@@ -49,7 +49,8 @@ def describe_model(name: str) -> dict[str, Any]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         read_config(name)  # which brings it into the cache
-        return {"name": name, "revision": cached_revision(name)}
+        cached = cached_folder(name)
+        return {"name": name, "revision": None if cached is None else cached.name}
     adapter = read_adapter(folder)
     base = {} if adapter is None else {"adapter_of": describe_model(adapter["base_model_name_or_path"])}
     return {"sha256": model_sha256(folder), **base}

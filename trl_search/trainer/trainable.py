@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from trl_search.common.errors import UserError
+from trl_search.common.hub import cached_folder
 from trl_search.config.refused_keys import refuse_weightless_rewards
 from trl_search.policies.lora import leaves_the_base
 
@@ -138,10 +138,5 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _files(name: str) -> list[Path]:
     if not name:
         return []
-    folder = Path(name)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
-        if not isinstance(cached, str):
-            return []
-        folder = Path(cached).parent
-    return sorted(folder.glob("model*.safetensors"))
+    folder = Path(name) if Path(name).is_dir() else cached_folder(name) if name.count("/") < 2 else None
+    return [] if folder is None else sorted(folder.glob("model*.safetensors"))
