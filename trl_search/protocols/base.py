@@ -102,9 +102,7 @@ class Protocol(abc.ABC):
         self._think_markers = thought_markers(self.template_text)
         self._anchor = find_anchor(tokenizer)
         self._tokenizing = threading.RLock()  # fast tokenizers are not thread-safe
-        if (
-            self.template_text
-        ):  # before a problem with tools, because no protocol works with a template that fails here
+        if self.template_text:  # first, because no protocol works with a template that fails here
             check_prompt(self.render_messages, self._asking("TRLSEARCHQUESTION"))
         self._frame = self._observation_frame()
         opening, closing = self._frame
